@@ -1,0 +1,232 @@
+"""Counter-based fields and their updates, in plain XLA.
+
+A tensor is viewed as (R, C): C is the last dimension and R the product of the
+others; a vector is (1, C) and a scalar (1, 1). Every field is a function of a
+leaf key and of the position (r, c) alone, so a rectangle of it needs no other
+part, and neither tiles nor shards can change it. With (a, b) the two words of
+Threefry-2x32-20 under the leaf key (Salmon et al., SC 2011):
+
+    rademacher  (a, b) of counter (r >> 6, c); word = b if r & 32 else a
+                z = 1 - 2 ((word >> (r & 31)) & 1)
+    popcount16  (a, b) of counter (r >> 2, c); half r & 3 of (a low, a high,
+                b low, b high); z = (popcount(half) - 8) / 2
+    gaussian    (a, b) of counter (r >> 1, c); Box-Muller:
+                u = (a + 1/2) 2**-32, t = 2 pi b 2**-32,
+                z = sqrt(-2 log u) (sin t if r & 1 else cos t)
+
+The first two are integers up to a power of two and equal on every backend. The
+third depends on the backend's `log` and on its use of FMA.
+
+A word serves many elements. XLA on CPU would fuse the hash into its consumers
+and evaluate it once per element; `optimization_barrier` does not prevent that
+and a loop of one iteration is inlined. It never duplicates a reduction, so
+`_words` returns its two words from one variadic reduction.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxfl import keys
+
+_SIGN = np.uint32(0x80000000)
+# Taylor coefficients of cos(pi x / 2) and sin(pi x / 2) / x in x * x; the first
+# omitted term is below 2**-29 on |x| <= 1/2.
+_COS = [
+  (-1) ** (i // 2) * (math.pi / 2) ** i / math.factorial(i)
+  for i in range(0, 12, 2)
+]
+_SIN = [
+  (-1) ** (i // 2) * (math.pi / 2) ** i / math.factorial(i)
+  for i in range(1, 10, 2)
+]
+
+# Rows that share one evaluation of the hash.
+_ROWS = {'rademacher': 64, 'popcount16': 4, 'gaussian': 2}
+
+DISTRIBUTIONS = tuple(_ROWS)
+# The largest magnitude of the integer fields, see `integer_field`.
+LARGEST = {'rademacher': 1, 'popcount16': 8}
+
+
+def view(shape: tuple[int, ...]) -> tuple[int, int]:
+  """The (R, C) view of a tensor's shape."""
+  return math.prod(shape[:-1]), (shape[-1] if shape else 1)
+
+
+def _iota(shape, axis):
+  return lax.broadcasted_iota(jnp.uint32, shape, axis)
+
+
+def _flip(x, sign):
+  """Flips the sign of float32 `x` where bit 31 of uint32 `sign` is set."""
+  bits = lax.bitcast_convert_type(x, jnp.uint32) ^ sign
+  return lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _words(key, count, cols, first, col):
+  """Hashes of the counters (first + i, col + c): uint32[count, 2, cols].
+
+  The reduction runs over a leading axis of two entries, the second of which is
+  zero: that is what keeps XLA from simplifying it away.
+  """
+  shape = (2, count, cols)
+  pair = keys.threefry2x32(
+    key[0], key[1], _iota(shape, 1) + first, _iota(shape, 2) + col
+  )
+  zero = np.uint32(0)
+  once = _iota(shape, 0) == zero
+  a, b = lax.reduce(
+    tuple(jnp.where(once, word, zero) for word in pair),
+    (zero, zero),
+    lambda x, y: (x[0] | y[0], x[1] | y[1]),
+    (0,),
+  )
+  return jnp.stack([a, b], axis=1)
+
+
+def _polynomial(coefficients, x):
+  value = jnp.full_like(x, coefficients[-1])
+  for c in reversed(coefficients[:-1]):
+    value = value * x + np.float32(c)
+  return value
+
+
+def _expand_signs(words):
+  count, _, cols = words.shape
+  shift = np.uint32(31) - _iota((count, 2, 32, cols), 2)
+  return (words[:, :, None, :] << shift) & _SIGN
+
+
+def _expand_popcounts(words):
+  count, _, cols = words.shape
+  shift = np.uint32(16) * _iota((count, 2, 2, cols), 2)
+  half = (words[:, :, None, :] >> shift) & np.uint32(0xFFFF)
+  return lax.population_count(half).astype(jnp.int32) - np.int32(8)
+
+
+def _expand_normals(words):
+  count, _, cols = words.shape
+  uniform = words[:, 0, :].astype(jnp.float32) + np.float32(0.5)
+  radius = jnp.sqrt(np.float32(-2) * jnp.log(uniform * np.float32(2.0**-32)))
+  # The angle is pi / 2 times (quarter + x), with x in [-1/2, 1/2).
+  angle = words[:, 1, :]
+  x = lax.bitcast_convert_type(angle << np.uint32(2), jnp.int32) >> np.int32(2)
+  x = x.astype(jnp.float32) * np.float32(2.0**-30)
+  cosine, sine = _polynomial(_COS, x * x), x * _polynomial(_SIN, x * x)
+  quarter = ((angle + np.uint32(1 << 29)) >> np.uint32(30))[:, None, :]
+  odd_row = _iota((count, 2, cols), 1)
+  # cos(pi / 2 (n + x)) is cos, -sin, -cos, sin for n = 0, 1, 2, 3 mod 4; the
+  # odd row is the sine, a quarter turn back.
+  n = quarter - odd_row
+  unsigned = jnp.where(
+    (n & np.uint32(1)) == 0, cosine[:, None, :], sine[:, None, :]
+  )
+  sign = (n + np.uint32(1)) << np.uint32(30)
+  return _flip(radius[:, None, :] * unsigned, sign & _SIGN)
+
+
+_EXPAND = {
+  'rademacher': _expand_signs,
+  'popcount16': _expand_popcounts,
+  'gaussian': _expand_normals,
+}
+
+
+def _rectangle(key, shape, offset, distribution):
+  """A rectangle of a raw field: sign bits, integers or normals."""
+  rows, cols = shape
+  per_hash = _ROWS[distribution]
+  row, col = offset
+  static = isinstance(row, int)
+  skip = row % per_hash
+  count = -(-(rows + (skip if static else per_hash - 1)) // per_hash)
+  first = np.uint32(row // per_hash) if static else row // np.uint32(per_hash)
+  words = _words(key, count, cols, first, jnp.uint32(col))
+  whole = _EXPAND[distribution](words).reshape(count * per_hash, cols)
+  if static:
+    return lax.slice(whole, (skip, 0), (skip + rows, cols))
+  return lax.dynamic_slice(whole, (skip, np.uint32(0)), shape)
+
+
+def _raw(key, shape, distribution):
+  """The raw field of a whole tensor, in the tensor's shape."""
+  return _rectangle(key, view(shape), (0, 0), distribution).reshape(shape)
+
+
+def _as_field(raw, distribution):
+  """Turns a raw field into float32 z."""
+  if distribution == 'rademacher':
+    return _flip(jnp.ones((), jnp.float32), raw)
+  if distribution == 'popcount16':
+    return raw.astype(jnp.float32) * np.float32(0.5)
+  return raw
+
+
+def field(key, shape, offset, *, distribution):
+  """The field z of a tensor, or of a rectangle of its (R, C) view.
+
+  Args:
+    key: uint32[2], a leaf key.
+    shape: shape of the result; viewed as (rows, cols).
+    offset: (row, column) of the rectangle; Python integers or uint32[] values.
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    float32[shape].
+  """
+  raw = _rectangle(key, view(shape), offset, distribution)
+  return _as_field(raw, distribution).reshape(shape)
+
+
+def add(w, key, scale, *, distribution):
+  """`w + scale * z`, rounded once per operation in float32.
+
+  The sign of z is applied to the bits of the product, so that no compiler can
+  contract the product and the sum into one FMA. Rademacher needs no product.
+
+  Args:
+    w: float[...]; types other than float32 are converted and cast back once.
+    key: uint32[2], a leaf key.
+    scale: float32[].
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    An array like `w`.
+  """
+  if not w.size:
+    return w
+  raw = _raw(key, w.shape, distribution)
+  if distribution == 'rademacher':
+    step = _flip(scale, raw)
+  else:
+    z = _as_field(raw, distribution)
+    sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
+    step = _flip(scale * jnp.abs(z), sign)
+  return (w.astype(jnp.float32) + step).astype(w.dtype)
+
+
+def add_units(total, key, unit, *, distribution):
+  """`total + unit * Z` in int32, with the integer field Z.
+
+  Z is z for rademacher and 2 z, in [-8, 8], for popcount16.
+
+  Args:
+    total: int32[...].
+    key: uint32[2], a leaf key.
+    unit: int32[].
+    distribution: a key of `LARGEST`.
+
+  Returns:
+    int32 like `total`; wraps modulo 2**32.
+  """
+  if not total.size:
+    return total
+  raw = _raw(key, total.shape, distribution)
+  if distribution == 'rademacher':
+    minus = lax.bitcast_convert_type(raw, jnp.int32) >> np.int32(31)
+    return total + ((unit ^ minus) - minus)
+  return total + unit * raw
