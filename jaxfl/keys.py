@@ -127,8 +127,8 @@ def named_leaves(tree) -> list[tuple[str, jax.Array]]:
       their randomness.
   """
   leaves = [
-      (path_str(path), leaf)
-      for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    (path_str(path), leaf)
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   ]
   seen: set[str] = set()
   for path, _ in leaves:

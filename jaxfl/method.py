@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxfl import typing as jt
 
@@ -26,16 +27,25 @@ class Party(NamedTuple):
 
 
 class Method(NamedTuple):
-  """Pure functions that make up a method.
+  """Pure functions that make up a method, and what a round of it costs.
 
   Attributes:
     init: params -> state. The state has a field `params`.
     client: state, local, batches, party -> message, local, metrics. Every leaf
-      of `batches` has a leading axis of `num_batches`. `metrics` holds scalars,
-      among them `loss`, `forwards` and `backwards` (model passes over a batch).
+      of `batches` has a leading axis of `num_batches`; `metrics` is a dict of
+      scalars with at least `loss`.
     server: state, messages, cohort -> state. Messages and cohort are stacked
       along a leading axis; parties of weight 0 are absent and change nothing.
+    message: params -> shape of a message, a pytree of `ShapeDtypeStruct`.
+    downlink: state, messages, cohort -> what a receiver gets in this round, as
+      a pytree of arrays without absent parties.
+    receivers: who gets the downlink: `everyone` (all replicas stay current) or
+      `cohort` (the parties of the round).
     num_batches: minibatches that a client uses in a round.
+    forwards: forward passes of a client in a round, each over one minibatch.
+    backwards: backward passes, likewise.
+    projected_grads: scalars along shared directions in a message, if any.
+    weight_limit: the largest sum of weights in one round.
     init_local: params -> private client state (residuals, control variates).
     check: state -> error text or None; runs on the host after every round.
   """
@@ -43,7 +53,14 @@ class Method(NamedTuple):
   init: Callable[[jt.Params], Any]
   client: Callable[..., tuple[jt.Message, Any, jt.Metrics]]
   server: Callable[[Any, jt.Message, Party], Any]
-  num_batches: int = 1
+  message: Callable[[jt.Params], jt.Message]
+  downlink: Callable[[Any, jt.Message, Party], jt.Message]
+  receivers: str
+  num_batches: int
+  forwards: int
+  backwards: int
+  projected_grads: int = 0
+  weight_limit: int = 2**31 - 1
   init_local: Callable[[jt.Params], Any] = lambda params: ()
   check: Callable[[Any], str | None] = lambda state: None
 
@@ -73,23 +90,48 @@ def fractions(weights: jax.Array) -> jax.Array:
   return quotient.astype(jnp.float32) * scale
 
 
-def weighted_mean(messages: jt.Message, cohort: Party) -> jt.Message:
+def weighted_mean(
+  messages: jt.Message, cohort: Party
+) -> tuple[jt.Message, jax.Array]:
   """Mean of float messages by weight; a message that is not finite is left out.
 
   Contributions are added in the order of party ids, whatever order they came
   in. Float sums: equal bits for the same compiled program, not across devices.
+
+  Args:
+    messages: pytree of floating-point arrays with leading axis C.
+    cohort: `Party` with leading axis C.
+
+  Returns:
+    The mean (zeros if nobody contributed), and bool[]: somebody contributed.
   """
   order = jnp.argsort(cohort.id)
-  finite = jnp.stack([
+  finite = jnp.stack(
+    [
       jnp.all(jnp.isfinite(m.reshape(m.shape[0], -1)), axis=1)
       for m in jax.tree.leaves(messages)
-  ]).all(0)
+    ]
+  ).all(0)
   part = fractions(jnp.where(finite, cohort.weight, 0.0))[order]
 
   def mean(m):
     m = m[order]
-    shape = (-1,) + (1,) * (m.ndim - 1)
-    m = jnp.where(part.reshape(shape) > 0, m, 0)
-    return jnp.tensordot(part, m, axes=1)
+    present = part.reshape((-1,) + (1,) * (m.ndim - 1)) > 0
+    return jnp.tensordot(part.astype(m.dtype), jnp.where(present, m, 0), axes=1)
 
-  return jax.tree.map(mean, messages)
+  return jax.tree.map(mean, messages), jnp.any(part > 0)
+
+
+def all_messages(state: Any, messages: jt.Message, cohort: Party) -> jt.Message:
+  """A downlink: the cohort and its messages, from which a replica steps on.
+
+  Ids and weights travel in the narrowest unsigned type that holds them; equal
+  weights travel once.
+  """
+  del state  # Unused: replicas hold it.
+  weight = np.asarray(cohort.weight).astype(np.uint32)
+  if weight.size and (weight == weight[0]).all():
+    weight = weight[:1]
+  narrow = lambda x: x.astype(np.min_scalar_type(x.max(initial=0)))
+  ids = np.asarray(cohort.id).astype(np.uint32)
+  return {'id': narrow(ids), 'weight': narrow(weight), 'message': messages}

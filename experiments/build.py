@@ -1,0 +1,195 @@
+"""From settings to objects: one entry per method, model and dataset."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from experiments.config import Config, UsageError
+from jaxfl import keys, schedules
+from jaxfl import method as method_lib
+from jaxfl import typing as jt
+from jaxfl.data import batching, python_text
+from jaxfl.methods import fed_avg, spsa
+from jaxfl.models import decoder
+from jaxfl.runtime import simulate
+
+
+class Model(NamedTuple):
+  """What an experiment needs to know of a model."""
+
+  params: jt.Params
+  loss_fn: jt.LossFn
+  evaluate: Callable[[jt.Params, jt.Batch], dict[str, float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """How a method is built, its own defaults, and the settings it reads."""
+
+  build: Callable[[Config, jt.LossFn], method_lib.Method]
+  defaults: dict[str, Any]
+  settings: frozenset[str]
+
+
+def _schedule(config, name, value):
+  return schedules.make(
+    name, value, config.num_rounds, warmup_rounds=config.warmup_rounds
+  )
+
+
+def _spsa(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  return spsa.spsa(
+    loss_fn,
+    keys.root(config.seed),
+    learning_rate=_schedule(config, config.schedule, config.learning_rate),
+    mu=schedules.make(config.mu_schedule, config.mu, config.num_rounds),
+    num_perturbations=config.num_perturbations,
+    codec=config.codec,
+    codec_scale=config.codec_scale,
+    distribution=config.distribution,
+    sides=config.sides,
+    scaling=config.scaling,
+    weight_decay=config.weight_decay,
+    weights=config.weights,
+    forward_dtype=config.forward_dtype,
+    num_rounds=config.num_rounds,
+  )
+
+
+def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  client = optax.sgd(config.learning_rate)
+  if config.weight_decay:
+    client = optax.chain(optax.add_decayed_weights(config.weight_decay), client)
+  return fed_avg.fed_avg(
+    loss_fn,
+    client_optimizer=client,
+    server_optimizer=optax.sgd(
+      config.server_lr, momentum=config.server_momentum or None
+    ),
+    local_steps=config.local_steps,
+  )
+
+
+_SPSA = frozenset(
+  [
+    'num_perturbations',
+    'mu',
+    'mu_schedule',
+    'codec',
+    'codec_scale',
+    'distribution',
+    'sides',
+    'scaling',
+    'weights',
+    'forward_dtype',
+    'schedule',
+    'warmup_rounds',
+  ]
+)
+_FED = frozenset(['local_steps', 'server_lr', 'server_momentum'])
+
+METHODS = {
+  'spsa': Entry(_spsa, {'learning_rate': 1e-3}, _SPSA),
+  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.1}, _FED),
+  'fed_sgd': Entry(
+    _fed_avg,
+    {'learning_rate': 0.1, 'local_steps': 1},
+    _FED - {'local_steps'},
+  ),
+}
+
+
+def resolve(config: Config) -> Config:
+  """Fills in the method's defaults; refuses settings that it does not read.
+
+  Raises:
+    UsageError: naming the method or the setting.
+  """
+  if config.method not in METHODS:
+    raise UsageError(
+      f'method must be one of {", ".join(METHODS)}; got {config.method!r}'
+    )
+  entry = METHODS[config.method]
+  own = frozenset().union(*(e.settings for e in METHODS.values()))
+  changed = {
+    f.name
+    for f in dataclasses.fields(config)
+    if getattr(config, f.name) not in (f.default, entry.defaults.get(f.name))
+  }
+  if stray := sorted(changed & (own - entry.settings)):
+    raise UsageError(
+      f'{stray[0]} does not apply to method {config.method}; it reads'
+      f' {", ".join(sorted(entry.settings))}'
+    )
+  unset = {
+    k: v
+    for k, v in entry.defaults.items()
+    if getattr(config, k) is None or k in own - entry.settings
+  }
+  return dataclasses.replace(config, **unset)
+
+
+def build_method(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  """The method of a resolved config.
+
+  Raises:
+    UsageError: for combinations that the method refuses.
+  """
+  try:
+    return METHODS[config.method].build(config, loss_fn)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+
+
+def build_model(config: Config) -> Model:
+  """The embedded model, or one from a file of `experiments.pretrain`.
+
+  Raises:
+    UsageError: if there is no such file or it holds no model.
+  """
+  try:
+    if config.model == 'embedded':
+      shape, params = decoder.load_embedded()
+    else:
+      shape, params = decoder.load(config.model)
+  except (OSError, ValueError) as error:
+    raise UsageError(f'model {config.model!r}: {error}') from error
+  evaluate = decoder.make_evaluate(shape)
+
+  def held_out(params, batches):
+    values = evaluate(params, batches)
+    return {k: values[k] for k in ('bits_per_byte', 'accuracy')}
+
+  return Model(params, decoder.make_loss(shape), held_out)
+
+
+def build_task(config: Config) -> batching.Task:
+  """The default task, or the text in a directory.
+
+  Raises:
+    UsageError: if there is no such directory or too little text in it.
+  """
+  try:
+    if config.dataset == 'python_text':
+      return python_text.load(config.num_clients, length=config.sequence_length)
+    return python_text.from_files(
+      config.dataset, config.num_clients, length=config.sequence_length
+    )
+  except (OSError, ValueError) as error:
+    raise UsageError(f'dataset {config.dataset!r}: {error}') from error
+
+
+def build_population(config: Config, num_examples) -> simulate.Population:
+  """Who takes part; weights are 1 or the number of examples."""
+  weights = None
+  if config.weighting == 'examples':
+    weights = tuple(int(n) for n in num_examples)
+  return simulate.Population(
+    num_clients=config.num_clients,
+    participation_rate=config.participation_rate,
+    dropout_rate=config.dropout_rate,
+    weights=weights,
+    seed=config.seed,
+  )

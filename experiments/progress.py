@@ -1,0 +1,48 @@
+"""A progress bar on terminals, a line now and then elsewhere."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator
+
+from rich import progress as rich_progress
+from rich.console import Console
+
+
+@contextlib.contextmanager
+def bar(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+  """Shows rounds and the time left.
+
+  Args:
+    total: rounds of the run.
+    done: rounds that it has behind it.
+
+  Yields:
+    A function to call after every round, with the rounds done and a text to
+    show beside them.
+  """
+  columns = (
+    rich_progress.TextColumn('round'),
+    rich_progress.MofNCompleteColumn(),
+    rich_progress.BarColumn(bar_width=None),
+    rich_progress.TextColumn('{task.fields[text]}'),
+    rich_progress.TimeElapsedColumn(),
+    rich_progress.TextColumn('left'),
+    rich_progress.TimeRemainingColumn(),
+  )
+  terminal = sys.stderr.isatty()
+  last = time.monotonic()
+  with rich_progress.Progress(
+    *columns, console=Console(stderr=True), disable=not terminal
+  ) as shown:
+    task = shown.add_task('', total=total, completed=done, text='')
+
+    def advance(round: int, text: str = ''):
+      nonlocal last
+      shown.update(task, completed=round, text=text)
+      now = time.monotonic()
+      if not terminal and (now - last > 10 or round == total):
+        last = now
+        print(f'round {round}/{total}  {text}'.rstrip(), file=sys.stderr)
+
+    yield advance

@@ -1,0 +1,153 @@
+"""Rebuilds a run's weights from its base and its log alone.
+
+python -m experiments.replay --workdir=DIR
+python -m experiments.replay --workdir=DIR --until_round=50
+python -m experiments.replay --workdir=DIR --out=model.safetensors
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import app, flags, logging
+
+from experiments import workdir as workdir_lib
+from experiments.config import UsageError, from_mapping
+
+_WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
+_UNTIL = flags.DEFINE_integer(
+  'until_round', None, 'Stop after so many rounds; default all in the log.'
+)
+_OUT = flags.DEFINE_string(
+  'out', None, 'Write the weights to this safetensors file.'
+)
+
+
+def nest(description: list[list]) -> dict[str, Any]:
+  """The nested dict of array shapes that a log's header describes."""
+  import jax
+  import numpy as np
+
+  tree: dict[str, Any] = {}
+  for path, dtype, shape in description:
+    *parents, name = path.split('/')
+    node = tree
+    for parent in parents:
+      node = node.setdefault(parent, {})
+    node[name] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
+  return tree
+
+
+def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
+  """Replays a run's log.
+
+  Args:
+    directory: of the run.
+    until_round: rounds to replay; default all.
+
+  Returns:
+    The params after them, and the number of rounds.
+
+  Raises:
+    UsageError: if there is no run, its log or base is damaged, or the log has
+      fewer rounds.
+  """
+  from experiments import build, progress
+  from jaxfl import checkpoint, keys
+  from jaxfl import log as log_lib
+  from jaxfl.runtime import replay, simulate
+
+  workdir = workdir_lib.Workdir(directory)
+  if not workdir.log.exists():
+    raise UsageError(f'{workdir.path}: no run there (rounds.log is missing)')
+  try:
+    with log_lib.RoundLog.open(workdir.log, 'r') as log:
+      header = log.header
+      if header.spec != keys.SPEC:
+        raise UsageError(
+          f'{workdir.log} was written under {header.spec!r}; this version'
+          f' implements {keys.SPEC!r}'
+        )
+      config = from_mapping(header.config)
+      base = checkpoint.load_base(
+        workdir.base, nest(header.params), header.base_digest
+      )
+      # the server step needs no loss function: there is no data here
+      method = build.build_method(config, lambda params, batch: 0.0)
+      uniform = dataclasses.replace(config, weighting='uniform')
+      population = build.build_population(uniform, None)  # for its size only
+      state, rounds = method.init(base), 0
+      total = log.num_rounds if until_round is None else until_round
+      with progress.bar(total, 0) as advance:
+        for rounds, state in replay.replay(
+          simulate.compile_method(method).server,
+          state,
+          log,
+          method.message(base),
+          num_slots=population.num_slots,
+          until_round=until_round,
+        ):
+          advance(rounds)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  if error := method.check(state):
+    raise UsageError(f'{workdir.log}: {error}')
+  return state.params, rounds
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  try:
+    if not _WORKDIR.value:
+      raise UsageError('--workdir is needed: the directory of a run')
+    if _UNTIL.value is not None and _UNTIL.value < 0:
+      raise UsageError(f'until_round must be >= 0, got {_UNTIL.value}')
+    params, rounds = rebuild(_WORKDIR.value, _UNTIL.value)
+    print_result(params, rounds, workdir_lib.Workdir(_WORKDIR.value))
+  except UsageError as error:
+    sys.exit(f'error: {error}')
+
+
+def print_result(params, rounds, workdir):
+  """Prints the digest beside the live run's, and writes the weights."""
+  import numpy as np
+  from safetensors.numpy import save_file
+
+  from jaxfl import digest, keys
+
+  found = digest.digest(params)
+  print(f'rebuilt {rounds} rounds from {workdir.log}')
+  print(f'digest {found}')
+  if _OUT.value:
+    tensors = {k: np.asarray(x) for k, x in keys.named_leaves(params)}
+    save_file(tensors, _OUT.value, metadata={'digest': found})
+    print(f'weights written to {_OUT.value}')
+  live = live_digest(workdir, rounds)
+  if live is None:
+    print('the live run recorded no digest for this round')
+  elif live == found:
+    print('equal to the digest of the live run')
+  else:
+    sys.exit(f'error: the live run recorded the digest {live}')
+
+
+def live_digest(workdir, rounds: int) -> str | None:
+  """The digest that the run itself recorded after so many rounds."""
+  from jaxfl import metrics
+
+  if workdir.summary.exists():
+    summary = json.loads(workdir.summary.read_text())
+    if summary['rounds'] == rounds:
+      return summary['digest']
+  if not workdir.metrics.exists():
+    return None
+  rows = metrics.read(workdir.metrics)
+  return next((x.digest for x in rows if x.round == rounds), None)
+
+
+if __name__ == '__main__':
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)

@@ -1,0 +1,195 @@
+"""A live run on disk: base, log, snapshots, metrics; opened anew or again."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+
+from experiments import report
+from experiments.config import Config, UsageError
+from experiments.workdir import Workdir, write_json
+from jaxfl import checkpoint, keys, metrics, wire
+from jaxfl import digest as digest_lib
+from jaxfl import log as log_lib
+from jaxfl import method as method_lib
+from jaxfl import typing as jt
+from jaxfl.runtime import simulate
+
+TOTALS = (
+  'bytes_up', 'bytes_down', 'forwards', 'backwards', 'projected_grads'
+)  # fmt: skip
+
+
+@contextlib.contextmanager
+def open_session(
+  config: Config,
+  workdir: Workdir,
+  method: method_lib.Method,
+  base: jt.Params,
+) -> Iterator['Session']:
+  """Starts the run of a directory, or finds where it was left.
+
+  Args:
+    config: resolved settings.
+    workdir: claimed by `workdir.claim`.
+    method: the method.
+    base: the parameters to start from.
+
+  Yields:
+    The session; log and snapshots are on disk when the context ends.
+
+  Raises:
+    UsageError: if the directory's log or base are of another run or damaged.
+  """
+  try:
+    log = _open_log(config, workdir, method, base)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  snapshots = checkpoint.Snapshots(workdir.snapshots)
+  try:
+    yield Session(config, workdir, method, base, log, snapshots)
+  finally:
+    snapshots.close()
+    log.close()
+
+
+def _open_log(config, workdir, method, base):
+  header = log_lib.Header(
+    spec=keys.SPEC,
+    base_digest=digest_lib.digest(base),
+    config=dataclasses.asdict(config),
+    params=wire.describe(base),
+    message=wire.describe(method.message(base)),
+  )
+  if not workdir.log.exists():
+    # A crash before the log began leaves at most a base and stale rows.
+    workdir.metrics.unlink(missing_ok=True)
+    if not workdir.base.exists():
+      checkpoint.save_base(workdir.base, base)
+    checkpoint.load_base(workdir.base, base, header.base_digest)
+    return log_lib.RoundLog.create(workdir.log, header)
+  log = log_lib.RoundLog.open(workdir.log, 'a')
+  for field in dataclasses.fields(header):
+    there, here = getattr(log.header, field.name), getattr(header, field.name)
+    if there != here:
+      log.close()
+      raise UsageError(
+        f'{workdir.log}: its {field.name} is not that of this run'
+      )
+  return log
+
+
+class Session:
+  """The run between two rounds.
+
+  Attributes:
+    round: rounds done.
+    state: the public state after them.
+    ledger: totals since the start: bytes, passes, seconds.
+  """
+
+  def __init__(self, config, workdir, method, base, log, snapshots):
+    self.config, self.workdir, self.log = config, workdir, log
+    self._method, self._snapshots = method, snapshots
+    self._num_params = sum(x.size for x in jax.tree.leaves(base))
+    self.state = method.init(base)
+    self.round = 0
+    self.ledger = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
+    self._local = simulate.init_local(method, base, config.num_clients)
+    found = snapshots.newest(self.state, self._local, log)
+    if found is not None:
+      self.round, self.state, self._local, self.ledger = found
+    if self.round:
+      metrics.keep_until(workdir.metrics, self.round)
+    else:
+      workdir.metrics.unlink(missing_ok=True)
+    if log.num_rounds:
+      logging.info(
+        'resuming: snapshot of round %d, log of %d rounds',
+        self.round,
+        log.num_rounds,
+      )
+
+  def rounds(self, task, population) -> Iterator[simulate.Round]:
+    """Runs the rounds that are left."""
+    batch_fn = lambda round, client: task.batches(
+      self.config.seed,
+      client,
+      round,
+      self._method.num_batches,
+      self.config.batch_size,
+    )
+    for done in simulate.simulate(
+      self._method,
+      self.state,
+      batch_fn,
+      population,
+      num_rounds=self.config.num_rounds,
+      first_round=self.round,
+      local=self._local,
+      log=self.log,
+      block_size=self.config.block_size,
+    ):
+      self.round, self.state, self._local = done.round, done.state, done.local
+      for name in TOTALS:
+        self.ledger[name] += getattr(done, name)
+      yield done
+
+  def record(self, task: str, values: dict[str, float], wall_s: float) -> None:
+    """Appends the values of an evaluation to `metrics.jsonl`."""
+    self.ledger['wall_s'] = wall_s
+    shared = {k: self.ledger[k] for k in TOTALS if k != 'projected_grads'}
+    digest = digest_lib.digest(self.state.params)
+    metrics.append(
+      self.workdir.metrics,
+      [
+        metrics.Row(
+          method=self.config.method,
+          task=task,
+          seed=self.config.seed,
+          round=self.round,
+          metric=name,
+          value=value,
+          wall_s=round(wall_s, 3),
+          digest=digest,
+          **shared,
+        )
+        for name, value in values.items()
+      ],
+    )
+
+  def snapshot(self, wall_s: float) -> None:
+    """Saves a snapshot in the background."""
+    self.ledger['wall_s'] = wall_s
+    self._snapshots.save(
+      checkpoint.Snapshot(
+        self.round, self.state, self._local, dict(self.ledger)
+      ),
+      self.log,
+    )
+
+  def finish(self, task: str) -> dict[str, Any]:
+    """Writes `summary.json` and `curve.png`; returns the summary."""
+    rows = metrics.read(self.workdir.metrics)
+    at = lambda r: {x.metric: x.value for x in rows if x.round == r}
+    summary = {
+      'method': self.config.method,
+      'task': task,
+      'seed': self.config.seed,
+      'num_clients': self.config.num_clients,
+      'num_params': int(self._num_params),
+      'rounds': self.round,
+      'before': at(0),
+      'after': at(self.round),
+      'digest': digest_lib.digest(self.state.params),
+      'base_digest': self.log.header.base_digest,
+      'log_digest': self.log.digest,
+      'bytes_log': self.workdir.log.stat().st_size,
+      **self.ledger,
+    }
+    write_json(self.workdir.summary, summary)
+    report.curve(rows, rows[0].metric, self.workdir.curve)
+    return summary

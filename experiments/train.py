@@ -1,0 +1,157 @@
+"""Fine-tunes a model over simulated clients and keeps a log that rebuilds it.
+
+python -m experiments.train
+python -m experiments.train --workdir=DIR --resume
+python -m experiments.train --config=experiments/configs/fed_avg.py
+python -m experiments.train --method=spsa --codec=sign1 --config.mu=2e-3
+"""
+
+import datetime
+import pathlib
+import signal
+import sys
+import time
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from experiments import progress, report
+from experiments import workdir as workdir_lib
+from experiments.config import Config, UsageError, from_mapping
+
+_CONFIG = config_flags.DEFINE_config_file(
+  'config', 'experiments/configs/default.py', 'File with get_config().'
+)
+_WORKDIR = flags.DEFINE_string(
+  'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
+)
+_RESUME = flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
+_PLAIN = {
+  'method': flags.DEFINE_string('method', None, 'Name of the method.'),
+  'model': flags.DEFINE_string(
+    'model', None, "'embedded' or a file written by experiments.pretrain."
+  ),
+  'dataset': flags.DEFINE_string(
+    'dataset', None, "'python_text' or a directory of text, one entry a client."
+  ),
+  'num_clients': flags.DEFINE_integer('num_clients', None, 'Clients in all.'),
+  'participation_rate': flags.DEFINE_float(
+    'participation_rate', None, 'Share of the clients sampled in a round.'
+  ),
+  'num_rounds': flags.DEFINE_integer('num_rounds', None, 'Rounds.'),
+  'batch_size': flags.DEFINE_integer(
+    'batch_size', None, 'Examples in a minibatch.'
+  ),
+  'num_perturbations': flags.DEFINE_integer(
+    'num_perturbations', None, 'Projected gradients per client and round.'
+  ),
+  'mu': flags.DEFINE_float('mu', None, 'Perturbation radius.'),
+  'learning_rate': flags.DEFINE_float('learning_rate', None, 'Learning rate.'),
+  'codec': flags.DEFINE_string('codec', None, 'Code of a projected gradient.'),
+  'seed': flags.DEFINE_integer('seed', None, 'Seed of the run, 64 bits.'),
+}
+
+
+def asked_for() -> tuple[Config, set[str]]:
+  """The settings of the command line, and which of them were given there.
+
+  Raises:
+    UsageError: naming the setting that is wrong.
+  """
+  from experiments import build
+
+  values = _CONFIG.value.to_dict()
+  given = set(config_flags.get_override_values(flags.FLAGS['config']))
+  if flags.FLAGS['config'].present:
+    given |= set(values)
+  for name, flag in _PLAIN.items():
+    if flag.value is not None:
+      values[name] = flag.value
+      given.add(name)
+  return build.resolve(from_mapping(values)), given
+
+
+def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
+  """Runs, or goes on with, the experiment of a claimed directory.
+
+  Args:
+    config: resolved settings, those of `config.json` there.
+    directory: of the run.
+
+  Returns:
+    The summary, as written to `summary.json`.
+
+  Raises:
+    UsageError: if settings and directory, log or base do not fit.
+  """
+  # JAX is imported late: mistakes are reported before it has started.
+  from experiments import build, session
+
+  workdir = workdir_lib.Workdir(directory)
+  task = build.build_task(config)
+  model = build.build_model(config)
+  method = build.build_method(config, model.loss_fn)
+  population = build.build_population(config, task.num_examples)
+  started = time.monotonic()
+  with session.open_session(config, workdir, method, model.params) as live:
+    past = live.ledger['wall_s']
+    wall_s = lambda: past + time.monotonic() - started
+
+    def evaluate(state):
+      return model.evaluate(state.params, task.eval_batches)
+
+    if live.round == 0:
+      live.record(task.name, evaluate(live.state), wall_s())
+    with progress.bar(config.num_rounds, live.round) as advance:
+      shown = {}
+      for done in live.rounds(task, population):
+        last = done.round == config.num_rounds
+        values = {}
+        if last or done.round % config.eval_every == 0:
+          values = evaluate(done.state)
+          live.record(task.name, values, wall_s())
+        if last or done.round % config.snapshot_every == 0:
+          live.snapshot(wall_s())
+        if done.loss == done.loss:  # not of a round taken from the log
+          shown['loss'] = done.loss
+        shown |= values
+        text = ''.join(f'{k} {v:.3f}  ' for k, v in shown.items())
+        advance(
+          done.round, f'{text}up {report.amount(live.ledger["bytes_up"])}'
+        )
+    return live.finish(task.name)
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
+  stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
+  directory = pathlib.Path(_WORKDIR.value or f'runs/{stamp}')
+  try:
+    if _RESUME.value and not _WORKDIR.value:
+      raise UsageError('--resume needs --workdir')
+    config, given = asked_for()
+    config = workdir_lib.claim(
+      workdir_lib.Workdir(directory), config, given, _RESUME.value
+    )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    summary = run(config, directory)
+  except UsageError as error:
+    sys.exit(f'error: {error}')
+  except KeyboardInterrupt:
+    print(
+      f'\nStopped; every finished round is in the log. To go on:\n'
+      f'  python -m experiments.train --workdir={directory} --resume'
+    )
+    sys.exit(130)
+  report.show(summary)
+  print(
+    f'{directory}/curve.png shows the run. To rebuild it from its log:\n'
+    f'  python -m experiments.replay --workdir={directory}'
+  )
+
+
+if __name__ == '__main__':
+  logging.set_verbosity(logging.WARNING)
+  app.run(main)

@@ -1,0 +1,254 @@
+"""One-byte SPSA: a client sends one byte per projected gradient.
+
+"Just One Byte (per gradient): A Note on Low-Bandwidth Decentralized Language
+Model Finetuning Using Shared Randomness", Zelikman et al., 2023,
+https://arxiv.org/abs/2306.10015; the estimator is that of MeZO,
+https://arxiv.org/abs/2305.17333.
+
+    z = direction(run, party, round, sample)
+    g = (L(w + mu z) - L(w - mu z)) / (2 mu)        on the client
+    message = encode(g)                             one byte
+    w <- w - lr (mean decode(message) z + weight_decay w)   on every replica
+
+The sender, too, applies what the others decode. With grid weights (the
+default) the update is a sum of integers: replicas agree to the last bit,
+whatever the device and the order of the messages.
+
+A runnable toy:
+
+    root = keys.root(0)
+    method = spsa(loss_fn, root, learning_rate=0.1, mu=1e-3)
+    state = method.init(params)
+    message, _, metrics = method.client(state, (), batches, party)
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfl import estimators, grid, keys, perturb, schedules, wire
+from jaxfl import method as method_lib
+from jaxfl import typing as jt
+
+SIDES = ('two_sided', 'one_sided')
+SCALINGS = ('mean', 'sum')
+WEIGHTS = ('grid', 'float32')
+
+# z as a multiple of the integer field of `perturb.replay_int`
+_FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
+
+
+class SPSAState(NamedTuple):
+  """What every replica holds."""
+
+  params: Any  # pytree of float32, the master weights
+  exponents: Any  # pytree of int32[], the grid; unused by float32 weights
+  overflow: Any  # pytree of bool[]: a weight has left the grid's range
+  round: jax.Array  # int32[]
+
+
+def spsa(
+  loss_fn: jt.LossFn,
+  root: jax.Array,
+  *,
+  learning_rate: float | jt.Schedule,
+  mu: float | jt.Schedule,
+  num_perturbations: int = 1,
+  codec: str = 'log8',
+  codec_scale: float = 16.0,
+  distribution: str = 'rademacher',
+  sides: str = 'two_sided',
+  scaling: str = 'mean',
+  weight_decay: float = 0.0,
+  weights: str = 'grid',
+  forward_dtype: str | None = None,
+  num_rounds: int | None = None,
+) -> method_lib.Method:
+  """Builds one-byte SPSA.
+
+  Args:
+    loss_fn: params, batch -> float[]; need not be differentiable.
+    root: uint32[2], the run's key, from `keys.root(seed)`.
+    learning_rate: a number or a function of the round.
+    mu: perturbation radius, a number or a function of the round.
+    num_perturbations: projected gradients per client and round. Two-sided
+      estimates use a minibatch for each, one-sided ones share a minibatch.
+    codec: name of a codec of `wire.codec`.
+    codec_scale: range of the codecs that have one.
+    distribution: of the directions, see `perturb`.
+    sides: `two_sided` or `one_sided`.
+    scaling: `mean` by party weight, or `sum` over all projected gradients.
+    weight_decay: decoupled; multiplied by the learning rate.
+    weights: `grid` (exact, any order) or `float32` (any float32 weights, adds in
+      the order of party ids, equal on every device all the same).
+    forward_dtype: dtype in which `loss_fn` sees the params, default float32.
+    num_rounds: length of the schedules; needed with functions of the round.
+
+  Returns:
+    A `Method`. Messages are uint8 or float32 arrays, see `wire.codec`.
+
+  Raises:
+    ValueError: naming the argument that is out of range.
+  """
+  _one_of('sides', sides, SIDES)
+  _one_of('scaling', scaling, SCALINGS)
+  _one_of('weights', weights, WEIGHTS)
+  _one_of('distribution', distribution, perturb.DISTRIBUTIONS)
+  if num_perturbations < 1:
+    raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
+  code = wire.codec(codec, scale=codec_scale)
+  lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
+  mu_table = schedules.table(mu, num_rounds, 'mu')
+  if not (mu_table > 0).all():
+    raise ValueError(f'mu must be > 0, got {mu_table.min()}')
+  rate_table = schedules.table(
+    lambda r: float(lr_table[r]) * weight_decay, len(lr_table), 'weight_decay'
+  )
+  if not (rate_table < 0.25).all():
+    raise ValueError(
+      f'learning_rate * weight_decay must be < 0.25, got {rate_table.max():.3g}'
+    )
+  estimate = getattr(estimators, sides)
+  num_batches = num_perturbations if sides == 'two_sided' else 1
+
+  def directions_of(party_id, round):
+    """uint32[..., K, 2]: the chain of `keys` for every sample of a party."""
+    sample = np.arange(num_perturbations, dtype=np.uint32)
+    base = keys.fold(root, party_id, round)
+    return keys.fold(base[..., None, :], sample)
+
+  def init(params):
+    exponents = grid.exponents(params)
+    return SPSAState(
+      params=_master(params, exponents, weights),
+      exponents=exponents,
+      overflow=jax.tree.map(lambda _: jnp.zeros((), bool), params),
+      round=jnp.int32(0),
+    )
+
+  def client(state, local, batches, party):
+    directions = directions_of(party.id, party.round)
+
+    def perturbed(direction, scale):
+      params = perturb.perturb(
+        state.params, direction, scale, distribution=distribution
+      )
+      if forward_dtype is None:
+        return params
+      return jax.tree.map(lambda x: x.astype(forward_dtype), params)
+
+    projected_grads, loss = estimate(
+      loss_fn,
+      perturbed,
+      directions,
+      batches,
+      schedules.at(mu_table, party.round),
+    )
+    key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
+    message = code.encode(projected_grads.astype(jnp.float32), key)
+    return message, local, {'loss': loss}
+
+  def server(state, messages, cohort):
+    decode = lambda m: code.decode(m, num_perturbations)
+    g = jax.vmap(decode)(messages)  # float32[C, K]
+    accepted = jnp.isfinite(g) & (cohort.weight > 0)[:, None]
+    weight = jnp.where(accepted, cohort.weight[:, None], 0.0)
+    if scaling == 'mean':
+      part = method_lib.fractions(weight)
+    else:
+      part = accepted.astype(jnp.float32)
+    lr = schedules.at(lr_table, state.round)
+    # products only, each rounded once: the same bits on every device
+    coefficients = -(lr * jnp.where(accepted, g, 0.0)) * part
+    directions = directions_of(cohort.id, cohort.round)
+    rate = schedules.at(rate_table, state.round) if weight_decay else None
+    update = _grid_update if weights == 'grid' else _float_update
+    params, overflow = update(
+      state, directions, coefficients, cohort.id, rate, distribution, root
+    )
+    return SPSAState(params, state.exponents, overflow, state.round + 1)
+
+  def check(state):
+    flags = jax.device_get(state.overflow)
+    names = [path for path, flag in keys.named_leaves(flags) if flag]
+    if not names:
+      return None
+    return (
+      f'weights left the range of their grid in: {", ".join(names)}; lower'
+      ' the learning rate or use weights=float32'
+    )
+
+  return method_lib.Method(
+    init=init,
+    client=client,
+    server=server,
+    message=lambda params: code.struct(num_perturbations),
+    downlink=method_lib.all_messages,
+    receivers='everyone',
+    num_batches=num_batches,
+    forwards=num_perturbations
+    + (num_perturbations if sides == 'two_sided' else 1),
+    backwards=0,
+    projected_grads=num_perturbations,
+    weight_limit=(2**31 - 1) // num_perturbations,
+    check=check,
+  )
+
+
+def _master(params, exponents, weights):
+  """float32 master weights, without -0.0, whose sign an add of 0 may change."""
+  if weights == 'grid':
+    return grid.snap(params, exponents)
+  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) + 0.0, params)
+
+
+def _grid_update(
+  state, directions, coefficients, ids, rate, distribution, root
+):
+  """w + sum_k c_k z_k, and decay, on the grid; order-free."""
+  del ids  # Unused: integer sums have no order.
+  params = state.params
+  if rate is not None:
+    key = keys.fold(keys.stream(root, 'decay'), state.round)
+    params = grid.decay(params, state.exponents, rate, key)
+  directions, coefficients = directions.reshape(-1, 2), coefficients.reshape(-1)
+  if distribution == 'gaussian':
+    params = perturb.replay(
+      params, directions, coefficients, distribution=distribution
+    )
+    params = grid.snap(params, state.exponents)
+    overflow = grid.out_of_range(params, state.exponents)
+  else:
+    unit = _FIELD_UNIT[distribution]
+    units = grid.to_units(coefficients * unit, state.exponents, directions)
+    params, overflow = perturb.replay_int(
+      params, directions, units, state.exponents, distribution=distribution
+    )
+  return params, jax.tree.map(jnp.logical_or, state.overflow, overflow)
+
+
+def _float_update(
+  state, directions, coefficients, ids, rate, distribution, root
+):
+  """The same with float32 adds in the order of party ids."""
+  del root  # Unused: no dither.
+  params = state.params
+  if rate is not None:
+    params = jax.tree.map(lambda x: x * (1.0 - rate), params)
+  order = jnp.argsort(ids)
+  params = perturb.replay(
+    params,
+    directions[order].reshape(-1, 2),
+    coefficients[order].reshape(-1),
+    distribution=distribution,
+  )
+  return params, state.overflow
+
+
+def _one_of(field, value, choices):
+  if value not in choices:
+    raise ValueError(
+      f'{field} must be one of {", ".join(choices)}, got {value!r}'
+    )

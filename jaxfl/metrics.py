@@ -1,0 +1,57 @@
+"""One result schema for all methods: lines of JSON, one value each."""
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """One value of one metric after `round` rounds; totals are since the start."""
+
+  method: str
+  task: str
+  seed: int
+  round: int
+  metric: str
+  value: float
+  bytes_up: int
+  bytes_down: int
+  forwards: int
+  backwards: int
+  wall_s: float
+  digest: str  # of the params
+
+
+def append(path: str | os.PathLike, rows: Iterable[Row]) -> None:
+  """Appends rows to a file of JSON lines."""
+  text = ''.join(json.dumps(dataclasses.asdict(row)) + '\n' for row in rows)
+  with open(path, 'a', encoding='utf-8') as f:
+    f.write(text)
+
+
+def read(path: str | os.PathLike) -> list[Row]:
+  """Reads a file of rows; a torn last line is left out.
+
+  Raises:
+    ValueError: naming file and line if a line is not a row.
+  """
+  lines = pathlib.Path(path).read_text(encoding='utf-8').split('\n')
+  rows = []
+  for number, line in enumerate(lines[:-1], 1):
+    try:
+      rows.append(Row(**json.loads(line)))
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'{path}, line {number}: not a row: {error}') from error
+  return rows
+
+
+def keep_until(path: str | os.PathLike, round: int) -> None:
+  """Drops rows after a round, for a run that goes on from there."""
+  rows = [row for row in read(path) if row.round <= round]
+  temporary = pathlib.Path(f'{path}.new')
+  temporary.unlink(missing_ok=True)
+  append(temporary, rows)
+  os.replace(temporary, path)

@@ -1,0 +1,292 @@
+"""Many clients on one device: the runtime for research sweeps and for CI.
+
+Clients run in blocks under `vmap`; their messages are encoded to frames, counted,
+decoded, logged, and only then applied. The cohort has a fixed number of slots,
+so that nothing is compiled again when clients come and go. A round that the log
+already holds is taken from the log: resuming is running again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from jaxfl import log as log_lib
+from jaxfl import method as method_lib
+from jaxfl import typing as jt
+from jaxfl import wire
+
+# round, client id -> pytree of arrays with leading axis `method.num_batches`
+BatchFn = Callable[[int, int], jt.Batch]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Population:
+  """Who takes part.
+
+  Attributes:
+    num_clients: clients in all, with ids 0 .. num_clients - 1.
+    participation_rate: share of the clients that is sampled in a round.
+    dropout_rate: probability that a sampled client sends nothing.
+    weights: whole numbers, one per client; None means 1 each.
+    seed: of sampling and dropout.
+  """
+
+  num_clients: int
+  participation_rate: float = 1.0
+  dropout_rate: float = 0.0
+  weights: tuple[int, ...] | None = None
+  seed: int = 0
+
+  def __post_init__(self):
+    if self.num_clients < 1:
+      raise ValueError(f'num_clients must be >= 1, got {self.num_clients}')
+    if not 0 < self.participation_rate <= 1:
+      raise ValueError(
+        'participation_rate must be in (0, 1], got'
+        f' {self.participation_rate}: no more clients can be sampled than'
+        ' exist'
+      )
+    if not 0 <= self.dropout_rate < 1:
+      raise ValueError(
+        f'dropout_rate must be in [0, 1), got {self.dropout_rate}'
+      )
+    if self.weights is not None:
+      if len(self.weights) != self.num_clients:
+        raise ValueError(
+          f'weights must have {self.num_clients} entries, one per client,'
+          f' got {len(self.weights)}'
+        )
+      for i, w in enumerate(self.weights):
+        if not (w == int(w) and 1 <= w < 2**24):
+          raise ValueError(
+            f'weights must be whole numbers in [1, 2**24), got {w} for'
+            f' client {i}'
+          )
+
+  @property
+  def num_slots(self) -> int:
+    """Clients sampled in every round."""
+    return max(1, round(self.participation_rate * self.num_clients))
+
+  def weight_of(self, ids: np.ndarray) -> np.ndarray:
+    """float32[C]."""
+    if self.weights is None:
+      return np.ones(len(ids), np.float32)
+    return np.asarray(self.weights, np.float32)[ids]
+
+  def sample(self, round: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ids of the sampled clients, and of those among them that answer.
+
+    Returns:
+      Two arrays int32, increasing; the second may be empty.
+    """
+    # the second word of the key is one that no client's batches use
+    key = np.array([self.seed, 2**64 - 1], np.uint64)
+    rng = np.random.Generator(np.random.Philox(key=key, counter=round))
+    sampled = rng.choice(self.num_clients, self.num_slots, replace=False)
+    sampled = np.sort(sampled).astype(np.int32)
+    answers = rng.random(self.num_slots) >= self.dropout_rate
+    return sampled, sampled[answers]
+
+
+class Round(NamedTuple):
+  """What a round did; yielded by `simulate` after the server step."""
+
+  round: int  # rounds done, counted from 1
+  state: Any
+  local: Any  # private client states with leading axis num_clients, or ()
+  loss: float  # mean over clients; nan when nobody ran
+  bytes_up: int  # encoded frames of this round
+  bytes_down: int
+  forwards: int  # passes over a minibatch, over all clients
+  backwards: int
+  projected_grads: int
+
+
+class Programs(NamedTuple):
+  """The two compiled programs of a run."""
+
+  client: Any  # state, local[B], batches[B], party[B] -> message[B], ...
+  server: Any  # state, messages[C], cohort[C] -> state
+
+
+def compile_method(method: method_lib.Method) -> Programs:
+  """Compiles client and server apart, as `jaxfl.method` asks."""
+  return Programs(
+    client=jax.jit(jax.vmap(method.client, in_axes=(None, 0, 0, 0))),
+    server=jax.jit(method.server),
+  )
+
+
+def pad(messages, ids, weights, round, num_slots):
+  """A cohort in its canonical form: increasing ids, absent slots at the end.
+
+  Args:
+    messages: pytree of arrays with leading axis C <= num_slots.
+    ids: int32[C], increasing.
+    weights: float32[C].
+    round: number of the round, from 0.
+    num_slots: length of the result.
+
+  Returns:
+    Messages and `Party`, both with leading axis num_slots.
+  """
+  fill = num_slots - len(ids)
+  widen = lambda x: np.concatenate(
+    [x, np.zeros((fill, *np.shape(x)[1:]), np.asarray(x).dtype)]
+  )
+  absent = np.arange(fill, dtype=np.int32) + (2**31 - 1 - fill)
+  cohort = method_lib.Party(
+    id=np.concatenate([np.asarray(ids, np.int32), absent]),
+    round=np.full(num_slots, round, np.int32),
+    weight=widen(np.asarray(weights, np.float32)),
+  )
+  return jax.tree.map(widen, messages), cohort
+
+
+def simulate(
+  method: method_lib.Method,
+  state: Any,
+  batch_fn: BatchFn,
+  population: Population,
+  *,
+  num_rounds: int,
+  first_round: int = 0,
+  local: Any = None,
+  log: log_lib.RoundLog | None = None,
+  block_size: int = 1,
+  programs: Programs | None = None,
+) -> Iterator[Round]:
+  """Runs rounds `first_round .. num_rounds - 1` and yields after each.
+
+  Args:
+    method: the method.
+    state: from `method.init(params)`, or of a snapshot.
+    batch_fn: round, client id -> batches; must be deterministic.
+    population: who takes part.
+    num_rounds: rounds of the whole run.
+    first_round: rounds that `state` has behind it.
+    local: private client states of a snapshot, leading axis num_clients.
+    log: rounds that it holds are replayed, new ones are appended before they are
+      applied.
+    block_size: clients that run at once under `vmap`.
+    programs: from `compile_method(method)`, to share compiled programs.
+
+  Yields:
+    A `Round` each.
+
+  Raises:
+    FloatingPointError: when `method.check` reports an error.
+    ValueError: if the weights of a cohort may add up to more than the method can
+      divide exactly.
+  """
+  _check_weights(method, population)
+  programs = programs or compile_method(method)
+  like = method.message(state.params)
+  if local is None:
+    local = init_local(method, state.params, population.num_clients)
+  stateful = bool(jax.tree.leaves(local))
+  for round in range(first_round, num_rounds):
+    sampled, ids = population.sample(round)
+    record = None
+    if log is not None and round < log.num_rounds:
+      record = log.read(round, like)
+      ids = record.ids
+    loss = float('nan')
+    if record is None or stateful:
+      messages, local, loss = _run_clients(
+        programs, state, local, batch_fn, population, round, ids, block_size
+      )
+    else:
+      messages = record.messages
+    messages, bytes_up = _transmit(messages, ids, like)
+    weights = population.weight_of(ids)
+    if record is not None:
+      messages, weights = record.messages, record.weights
+    elif log is not None:
+      log.append(round, ids, weights, messages)
+    down = method.downlink(
+      state, messages, method_lib.Party(ids, np.int32(round), weights)
+    )
+    receivers = {'everyone': population.num_clients, 'cohort': len(sampled)}
+    bytes_down = len(wire.to_bytes(down)) * receivers[method.receivers]
+    padded = pad(messages, ids, weights, round, population.num_slots)
+    state = programs.server(state, *padded)
+    if error := method.check(state):
+      raise FloatingPointError(f'round {round}: {error}')
+    yield Round(
+      round=round + 1,
+      state=state,
+      local=local,
+      loss=loss,
+      bytes_up=bytes_up,
+      bytes_down=bytes_down,
+      forwards=method.forwards * len(ids),
+      backwards=method.backwards * len(ids),
+      projected_grads=method.projected_grads * len(ids),
+    )
+
+
+def _check_weights(method, population):
+  weights = population.weights or (1,) * population.num_clients
+  total = sum(sorted(weights)[-population.num_slots :])
+  if total > method.weight_limit:
+    raise ValueError(
+      f'the weights of a cohort may add up to {total:.0f}; this method needs'
+      f' at most {method.weight_limit}'
+    )
+
+
+def init_local(
+  method: method_lib.Method, params: jt.Params, num_clients: int
+) -> Any:
+  """Private states of all clients, NumPy arrays with axis num_clients."""
+  one = method.init_local(params)
+  return jax.tree.map(
+    lambda x: np.repeat(np.asarray(x)[None], num_clients, axis=0), one
+  )
+
+
+def _run_clients(
+  programs, state, local, batch_fn, population, round, ids, block_size
+):
+  """Messages [C, ...] of the clients `ids`, new local states, mean loss."""
+  blocks, losses = [], []
+  for start in range(0, len(ids), block_size):
+    block = ids[start : start + block_size]
+    # the last block is filled up with its first client, whose copies are dropped
+    filled = np.resize(block, block_size) if len(block) < block_size else block
+    batches = [batch_fn(round, int(i)) for i in filled]
+    batches = jax.tree.map(lambda *xs: np.stack(xs), *batches)
+    party = method_lib.Party(
+      id=np.asarray(filled, np.int32),
+      round=np.full(block_size, round, np.int32),
+      weight=population.weight_of(filled),
+    )
+    mine = jax.tree.map(lambda x: x[filled], local)
+    message, mine, metrics = programs.client(state, mine, batches, party)
+    message, mine, loss = jax.device_get((message, mine, metrics['loss']))
+    n = len(block)
+    blocks.append(jax.tree.map(lambda x: x[:n], message))
+    losses.append(loss[:n])
+    jax.tree.map(lambda all, new: all.__setitem__(block, new[:n]), local, mine)
+  if not blocks:
+    return (), local, float('nan')
+  messages = jax.tree.map(lambda *xs: np.concatenate(xs), *blocks)
+  return messages, local, float(np.concatenate(losses).mean())
+
+
+def _transmit(messages, ids, like):
+  """Sends every message through its frame; returns what arrives, and bytes."""
+  if not len(ids):
+    empty = lambda x: np.zeros((0, *x.shape), x.dtype)
+    return jax.tree.map(empty, like), 0
+  total, arrived = 0, []
+  for i in range(len(ids)):
+    frame = wire.to_bytes(jax.tree.map(lambda x: x[i], messages))
+    total += len(frame)
+    arrived.append(wire.from_bytes(frame, like))
+  return jax.tree.map(lambda *xs: np.stack(xs), *arrived), total

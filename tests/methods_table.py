@@ -1,0 +1,103 @@
+"""One row per method for the contract tests, and a problem to run them on."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from jaxfl import keys
+from jaxfl import method as method_lib
+from jaxfl.methods import fed_avg, spsa
+
+NUM_CLIENTS = 6
+ROOT = keys.root(2**40 + 17)
+
+
+class Case(NamedTuple):
+  """How a method is built for a loss, and what it promises."""
+
+  build: Callable[..., method_lib.Method]
+  exact: bool  # order-free and equal on every device
+  converges_to: float  # share of the initial loss, after 60 rounds
+
+
+def params():
+  rng = np.random.default_rng(0)
+  return {
+    'layer': {'w': rng.normal(0, 0.5, (3, 5)).astype(np.float32)},
+    'other': rng.normal(0, 0.5, (3, 5)).astype(np.float32),
+    'bias': np.zeros(3, np.float32),
+  }
+
+
+def loss_fn(params, batch):
+  """A quadratic whose minimum is at 0.25 everywhere, with noise per example."""
+  pull = jnp.mean(batch['noise'])
+  terms = [
+    jnp.sum(jnp.square(x - 0.25)) + pull * jnp.sum(x)
+    for x in (params['layer']['w'], params['other'], params['bias'])
+  ]
+  return 0.5 * (terms[0] + terms[1] + terms[2])
+
+
+def batch_fn(num_batches, noise=0.01):
+  def batches(round, client):
+    rng = np.random.default_rng([round, client])
+    shape = (num_batches, 4)
+    return {'noise': rng.normal(0, noise, shape).astype(np.float32)}
+
+  return batches
+
+
+def _spsa(**changes):
+  def build(loss_fn=loss_fn, **more):
+    settings = {'learning_rate': 0.05, 'mu': 1e-2, 'num_perturbations': 2}
+    return spsa.spsa(loss_fn, ROOT, **(settings | changes | more))
+
+  return build
+
+
+def _fed_avg(**changes):
+  def build(loss_fn=loss_fn, **more):
+    settings = {'client_optimizer': optax.sgd(0.1)}
+    return fed_avg.fed_avg(loss_fn, **(settings | changes | more))
+
+  return build
+
+
+_LINEAR = lambda r: 0.06 * (1 - r / 100)
+
+CASES = {
+  'spsa': Case(_spsa(), True, 0.02),
+  'spsa-stochastic': Case(_spsa(codec='log8_stochastic'), True, 0.02),
+  'spsa-linear8': Case(
+    _spsa(codec='linear8_stochastic', codec_scale=32.0), True, 0.02
+  ),
+  'spsa-sign1': Case(
+    _spsa(codec='sign1', codec_scale=1.0, learning_rate=0.04), True, 0.1
+  ),
+  'spsa-float32-codec': Case(_spsa(codec='float32'), True, 0.02),
+  'spsa-one-sided': Case(_spsa(sides='one_sided', mu=1e-3), True, 0.02),
+  'spsa-sum': Case(
+    _spsa(scaling='sum', learning_rate=0.05 / 12), True, 0.02
+  ),
+  'spsa-popcount16': Case(_spsa(distribution='popcount16'), True, 0.02),
+  'spsa-gaussian': Case(_spsa(distribution='gaussian'), False, 0.02),
+  'spsa-schedule-decay': Case(
+    _spsa(learning_rate=_LINEAR, weight_decay=1e-3, num_rounds=100), True, 0.05
+  ),
+  'spsa-float32-weights': Case(
+    _spsa(weights='float32', weight_decay=1e-3), True, 0.05
+  ),
+  'fed_avg': Case(_fed_avg(local_steps=2), False, 0.02),
+  'fed_avg-adam': Case(
+    _fed_avg(client_optimizer=optax.adam(0.02), local_steps=2), False, 0.02
+  ),
+  'fed_opt': Case(
+    _fed_avg(server_optimizer=optax.sgd(0.5, momentum=0.5)), False, 0.02
+  ),
+  'fed_sgd': Case(_fed_avg(client_optimizer=optax.sgd(1.0),
+                           server_optimizer=optax.sgd(0.2)), False, 0.02),
+}  # fmt: skip

@@ -1,0 +1,228 @@
+"""What every method promises, from one table (methods_table.CASES)."""
+
+import jax
+import numpy as np
+import pytest
+
+from jaxfl import digest, keys, log, wire
+from jaxfl import method as method_lib
+from jaxfl.runtime import replay, simulate
+from tests import methods_table as table
+
+CASES = pytest.mark.parametrize('name', table.CASES)
+
+
+def run(method, num_rounds=8, *, log=None, noise=0.01, **changes):
+  """The rounds of a small simulation."""
+  settings = {
+    'num_clients': table.NUM_CLIENTS, 'participation_rate': 0.67,
+    'dropout_rate': 0.2, 'weights': (1, 2, 3, 4, 5, 6),
+  } | changes  # fmt: skip
+  block_size = settings.pop('block_size', 2)
+  return list(
+    simulate.simulate(
+      method,
+      method.init(table.params()),
+      table.batch_fn(method.num_batches, noise),
+      simulate.Population(**settings),
+      num_rounds=num_rounds,
+      log=log,
+      block_size=block_size,
+    )
+  )
+
+
+def messages_of(method, state, ids, round=0):
+  """Stacked messages of some parties, and the cohort."""
+  batches = [table.batch_fn(method.num_batches)(round, i) for i in ids]
+  cohort = method_lib.Party(
+    np.array(ids, np.int32),
+    np.full(len(ids), round, np.int32),
+    np.array([1 + i for i in ids], np.float32),
+  )
+  messages, _, _ = jax.jit(jax.vmap(method.client, (None, 0, 0, 0)))(
+    state, (), jax.tree.map(lambda *x: np.stack(x), *batches), cohort
+  )
+  return jax.device_get(messages), cohort
+
+
+def header(method):
+  params = table.params()
+  return log.Header(
+    spec=keys.SPEC,
+    base_digest=digest.digest(params),
+    config={},
+    params=wire.describe(params),
+    message=wire.describe(method.message(params)),
+  )
+
+
+@CASES
+def test_quadratic_converges(name):
+  case = table.CASES[name]
+  rounds = run(case.build(), 60, participation_rate=1.0, noise=0.0)
+  batch = {'noise': np.zeros(1, np.float32)}
+  before = table.loss_fn(table.params(), batch)
+  after = table.loss_fn(rounds[-1].state.params, batch)
+  assert float(after) < case.converges_to * float(before)
+
+
+@CASES
+def test_replay_equals_live(name, tmp_path):
+  method = table.CASES[name].build()
+  path = tmp_path / 'rounds.log'
+  with log.RoundLog.create(path, header(method)) as live:
+    rounds = run(method, log=live)
+  server = simulate.compile_method(method).server
+  with log.RoundLog.open(path, 'r') as read:
+    again = list(
+      replay.replay(
+        server,
+        method.init(table.params()),
+        read,
+        method.message(table.params()),
+        num_slots=4,
+      )
+    )
+  assert [r.round for r in rounds] == [number for number, _ in again]
+  for done, (_, state) in zip(rounds, again, strict=True):
+    assert digest.digest(done.state) == digest.digest(state)
+
+
+@CASES
+def test_order_of_clients_does_not_matter(name):
+  method = table.CASES[name].build()
+  state = method.init(table.params())
+  messages, cohort = messages_of(method, state, [0, 1, 2, 3, 4])
+  server = jax.jit(method.server)
+  digests = set()
+  for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [1, 0, 4, 3, 2]):
+    shuffled = jax.tree.map(
+      lambda x, o=order: x[np.array(o)], (messages, cohort)
+    )
+    digests.add(digest.digest(server(state, *shuffled)))
+  assert len(digests) == 1
+
+
+@CASES
+def test_absent_clients_change_nothing(name):
+  case = table.CASES[name]
+  method = case.build()
+  state = method.init(table.params())
+  messages, cohort = messages_of(method, state, [0, 2, 5])
+  server = jax.jit(method.server)
+  few = server(state, *simulate.pad(messages, cohort.id, cohort.weight, 0, 3))
+  many = server(state, *simulate.pad(messages, cohort.id, cohort.weight, 0, 6))
+  if case.exact:
+    assert digest.digest(few) == digest.digest(many)
+  else:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), few, many
+    )
+  # contents of an absent slot are ignored
+  padded, party = simulate.pad(messages, cohort.id, cohort.weight, 0, 6)
+  noisy = jax.tree.map(lambda x: np.concatenate([x[:3], x[:3]]), padded)
+  assert digest.digest(server(state, noisy, party)) == digest.digest(many)
+
+
+@CASES
+def test_empty_round_only_counts(name):
+  method = table.CASES[name].build()
+  state = method.init(table.params())
+  messages, cohort = messages_of(method, state, [1, 2])
+  cohort = cohort._replace(weight=np.zeros(2, np.float32))
+  after = jax.jit(method.server)(state, messages, cohort)
+  assert int(after.round) == 1
+  if 'decay' in name or 'float32-weights' in name:
+    return  # weights decay even when nobody answers
+  assert digest.digest(after.params) == digest.digest(state.params)
+
+
+@CASES
+def test_vmapped_equals_looped(name):
+  method = table.CASES[name].build()
+  state = method.init(table.params())
+  many, _ = messages_of(method, state, [0, 1, 2, 3])
+  for i in range(4):
+    one, _ = messages_of(method, state, [i])
+    jax.tree.map(
+      lambda a, b, i=i: np.testing.assert_allclose(
+        a[i].astype(np.float32), b[0].astype(np.float32), rtol=1e-5, atol=1e-5
+      ),
+      many,
+      one,
+    )
+
+
+@CASES
+def test_block_size_does_not_matter(name):
+  case = table.CASES[name]
+  ends = [run(case.build(), 4, block_size=b)[-1].state for b in (1, 3, 6)]
+  for end in ends[1:]:
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[0], end
+    )
+
+
+@CASES
+def test_compiles_once(name):
+  method = table.CASES[name].build()
+  programs = simulate.compile_method(method)
+  population = simulate.Population(
+    num_clients=table.NUM_CLIENTS, participation_rate=0.5, dropout_rate=0.5
+  )
+  list(
+    simulate.simulate(
+      method, method.init(table.params()), table.batch_fn(method.num_batches),
+      population, num_rounds=6, programs=programs, block_size=2,
+    )
+  )  # fmt: skip
+  assert programs.client._cache_size() == 1
+  # the first state comes from init, the others from the server itself
+  assert programs.server._cache_size() == 1
+
+
+@CASES
+def test_ledger_is_the_bytes(name, tmp_path, monkeypatch):
+  method = table.CASES[name].build()
+  frames = []
+  to_bytes = wire.to_bytes
+  monkeypatch.setattr(
+    wire, 'to_bytes', lambda m: frames.append(to_bytes(m)) or frames[-1]
+  )
+  rounds = run(method, 3, participation_rate=1.0)
+  up = sum(r.bytes_up for r in rounds)
+  down = sum(r.bytes_down for r in rounds)
+  senders = sum(r.forwards for r in rounds) // method.forwards
+  assert len(frames) == senders + 3
+  # a broadcast is encoded once and counted for each of its receivers
+  assert up + down // table.NUM_CLIENTS == sum(len(f) for f in frames)
+
+
+@CASES
+def test_declared_message_is_the_message(name):
+  method = table.CASES[name].build()
+  state = method.init(table.params())
+  messages, _ = messages_of(method, state, [0])
+  like = method.message(state.params)
+  wire.from_bytes(wire.to_bytes(jax.tree.map(lambda x: x[0], messages)), like)
+
+
+@CASES
+def test_non_finite_loss_is_left_out(name):
+  """A client whose loss is NaN is as good as absent, on every replica."""
+  case = table.CASES[name]
+  method = case.build()
+  bad = case.build(lambda p, b: table.loss_fn(p, b) * np.float32(np.nan))
+  state = method.init(table.params())
+  good_messages, cohort = messages_of(method, state, [0, 1, 2])
+  bad_messages, _ = messages_of(bad, state, [0, 1, 2])
+  mixed = jax.tree.map(
+    lambda g, b: np.stack([g[0], b[1], g[2]]), good_messages, bad_messages
+  )
+  server = jax.jit(method.server)
+  absent = cohort._replace(weight=cohort.weight * np.float32([1, 0, 1]))
+  with_bad = server(state, mixed, cohort)
+  without = server(state, good_messages, absent)
+  assert digest.digest(with_bad) == digest.digest(without)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(with_bad.params))
