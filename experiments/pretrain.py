@@ -257,7 +257,8 @@ def train(config: decoder.Config, texts) -> jax.Array:
 def main(_):
   """Reads, trains, evaluates, writes."""
   books, python = read_books(_DATA.value), read_python()
-  trains, valids = zip(split(books), split(python), strict=True)
+  parts = split(books), split(python)
+  trains, valids = ([part[i] for part in parts] for i in range(2))
   config = decoder.Config(
     num_layers=_LAYERS.value,
     model_dim=_DIM.value,

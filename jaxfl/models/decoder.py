@@ -25,7 +25,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from importlib import resources
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -163,10 +163,16 @@ def init(config: Config, key: jax.Array) -> jt.Params:
   return Decoder(config).init(key, tokens)['params']
 
 
+def apply(config: Config, params: jt.Params, tokens: jt.Array) -> jax.Array:
+  """Logits float32[B, T, V] of the next token from tokens integer[B, T]."""
+  logits = Decoder(config).apply({'params': params}, tokens)
+  return cast(jax.Array, logits)
+
+
 def _token_stats(config, params, batch):
   """Loss, hit and weight float32[B, T] of every target byte."""
   tokens = jnp.asarray(batch['tokens']).astype(jnp.int32)
-  logits = Decoder(config).apply({'params': params}, tokens[:, :-1])
+  logits = apply(config, params, tokens[:, :-1])
   targets = tokens[:, 1:]
   picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
   loss = jax.nn.logsumexp(logits, axis=-1) - picked
