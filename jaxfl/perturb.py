@@ -1,9 +1,9 @@
 """Adds shared random directions to weights: the hot loop of the library.
 
-A direction z is never stored. Entry (r, c) of the tensor at `path` is a function
-of (r, c) and of the leaf key `keys.leaf_key(direction, path)` alone, as defined
-in `jaxfl.kernels.xla`: equal under jit, vmap, sharding and tiling, and on every
-machine. Three distributions, all of mean 0 and variance 1:
+A direction z is never stored. Entry (r, c) of the tensor at `path` is a
+function of (r, c) and of the leaf key `keys.leaf_key(direction, path)` alone,
+as defined in `jaxfl.kernels.xla`: equal under jit, vmap, sharding and tiling,
+and on every machine. Three distributions, all of mean 0 and variance 1:
 
   * 'rademacher': signs. The default, and the fastest. Exact on every backend.
   * 'popcount16': 17 levels in [-4, 4], nearly Gaussian (kurtosis 2.875). Exact

@@ -25,7 +25,6 @@ and a loop of one iteration is inlined. It never duplicates a reduction, so
 
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
