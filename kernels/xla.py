@@ -20,7 +20,11 @@ third depends on the backend's `log` and on its use of FMA.
 A word serves many elements. XLA on CPU would fuse the hash into its consumers
 and evaluate it once per element; `optimization_barrier` does not prevent that
 and a loop of one iteration is inlined. It never duplicates a reduction, so
-`_words` returns its two words from one variadic reduction.
+`_words` returns its two words from one variadic reduction. (An integer division
+is kept apart too, but then each word costs a hash of its own.)
+
+Under GSPMD a tensor is updated without communication if every shard holds whole
+groups of 64 rows of the (R, C) view; other layouts exchange bits of the field.
 """
 
 import math
