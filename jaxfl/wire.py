@@ -364,7 +364,7 @@ class Codec(NamedTuple):
   """
 
   name: str
-  encode: Callable[[jax.Array, Any], jax.Array]
+  encode: Callable[[jt.Array, Any], jax.Array]
   decode: Callable[[jt.Array, int], jax.Array]
   struct: Callable[[int], jax.ShapeDtypeStruct]
 
@@ -474,8 +474,15 @@ def _sign_codec(scale: float) -> Codec:
 def _float32_codec() -> Codec:
   finite = lambda x: jnp.where(jnp.isfinite(x), x, jnp.float32(jnp.nan))
   struct = lambda num_values: jax.ShapeDtypeStruct((num_values,), jnp.float32)
-  decode = lambda code, k: finite(_check_code('float32', code, struct(k)))
-  return Codec('float32', lambda x, key: finite(_vector(x)), decode, struct)
+
+  def encode(values, key):
+    del key  # Unused.
+    return finite(_vector(values))
+
+  def decode(code, num_values):
+    return finite(_check_code('float32', code, struct(num_values)))
+
+  return Codec('float32', encode, decode, struct)
 
 
 def _vector(values) -> jax.Array:
