@@ -9,9 +9,9 @@ from the run's 64-bit seed to one tensor of one direction:
     direction = fold(root, seed id)                     # seed pools
     leaf      = fold(direction, tensor_id(path))
 
-with `fold(k, d) = Threefry2x32(k, (0, d))`. A leaf key addresses bits by their
-position in the tensor (`jaxfl.perturb`) and is never folded again. `fold` equals
-`jax.random.fold_in` on threefry2x32 keys.
+with `fold(k, d) = Threefry2x32(k, (0, d))`, which is `jax.random.fold_in` of
+threefry2x32 keys. A leaf key addresses bits by their position in the tensor
+(`jaxfl.perturb`) and is never folded again.
 
 Everything that is random but is not a direction (who takes part in a round,
 stochastic rounding ...) has a stream of its own, `stream(root, name)`. Stream
@@ -85,8 +85,10 @@ def fold(key: jt.Array, *data) -> jax.Array:
     if isinstance(d, int):
       d = np.uint32(d & 0xFFFFFFFF)
     d = jnp.asarray(d).astype(jnp.uint32)
+    shape = np.broadcast_shapes(k0.shape, d.shape)
+    k0, k1, d = (jnp.broadcast_to(x, shape) for x in (k0, k1, d))
     k0, k1 = threefry2x32(k0, k1, jnp.zeros_like(d), d)
-  return jnp.stack(jnp.broadcast_arrays(k0, k1), axis=-1)
+  return jnp.stack([k0, k1], axis=-1)
 
 
 def tensor_id(path: str) -> int:
@@ -100,7 +102,7 @@ def leaf_key(direction: jt.Array, path: str) -> jax.Array:
 
 
 def stream(key: jt.Array, name: str) -> jax.Array:
-  """A key for randomness that is not a direction, e.g. `stream(root, 'dropout')`."""
+  """A key for randomness that is not a direction: `stream(root, 'decay')`."""
   return fold(key, tensor_id(name) | 0x80000000)
 
 

@@ -1,5 +1,7 @@
 """What every method promises, from one table (methods_table.CASES)."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,15 @@ from jaxfl.runtime import replay, simulate
 from tests import methods_table as table
 
 CASES = pytest.mark.parametrize('name', table.CASES)
+
+
+@functools.cache
+def built(name):
+  """One method per case for all tests: what is compiled once stays compiled."""
+  return table.CASES[name].build()
+
+
+compiled = functools.cache(simulate.compile_method)
 
 
 def run(method, num_rounds=8, *, log=None, noise=0.01, **changes):
@@ -28,6 +39,7 @@ def run(method, num_rounds=8, *, log=None, noise=0.01, **changes):
       num_rounds=num_rounds,
       log=log,
       block_size=block_size,
+      programs=compiled(method),
     )
   )
 
@@ -40,7 +52,7 @@ def messages_of(method, state, ids, round=0):
     np.full(len(ids), round, np.int32),
     np.array([1 + i for i in ids], np.float32),
   )
-  messages, _, _ = jax.jit(jax.vmap(method.client, (None, 0, 0, 0)))(
+  messages, _, _ = compiled(method).client(
     state, (), jax.tree.map(lambda *x: np.stack(x), *batches), cohort
   )
   return jax.device_get(messages), cohort
@@ -60,7 +72,7 @@ def header(method):
 @CASES
 def test_quadratic_converges(name):
   case = table.CASES[name]
-  rounds = run(case.build(), 60, participation_rate=1.0, noise=0.0)
+  rounds = run(built(name), 60, participation_rate=1.0, noise=0.0)
   batch = {'noise': np.zeros(1, np.float32)}
   before = table.loss_fn(table.params(), batch)
   after = table.loss_fn(rounds[-1].state.params, batch)
@@ -69,11 +81,11 @@ def test_quadratic_converges(name):
 
 @CASES
 def test_replay_equals_live(name, tmp_path):
-  method = table.CASES[name].build()
+  method = built(name)
   path = tmp_path / 'rounds.log'
   with log.RoundLog.create(path, header(method)) as live:
     rounds = run(method, log=live)
-  server = simulate.compile_method(method).server
+  server = compiled(method).server
   with log.RoundLog.open(path, 'r') as read:
     again = list(
       replay.replay(
@@ -91,10 +103,10 @@ def test_replay_equals_live(name, tmp_path):
 
 @CASES
 def test_order_of_clients_does_not_matter(name):
-  method = table.CASES[name].build()
+  method = built(name)
   state = method.init(table.params())
   messages, cohort = messages_of(method, state, [0, 1, 2, 3, 4])
-  server = jax.jit(method.server)
+  server = compiled(method).server
   digests = set()
   for order in ([0, 1, 2, 3, 4], [4, 2, 0, 3, 1], [1, 0, 4, 3, 2]):
     shuffled = jax.tree.map(
@@ -107,10 +119,10 @@ def test_order_of_clients_does_not_matter(name):
 @CASES
 def test_absent_clients_change_nothing(name):
   case = table.CASES[name]
-  method = case.build()
+  method = built(name)
   state = method.init(table.params())
   messages, cohort = messages_of(method, state, [0, 2, 5])
-  server = jax.jit(method.server)
+  server = compiled(method).server
   few = server(state, *simulate.pad(messages, cohort.id, cohort.weight, 0, 3))
   many = server(state, *simulate.pad(messages, cohort.id, cohort.weight, 0, 6))
   if case.exact:
@@ -127,11 +139,11 @@ def test_absent_clients_change_nothing(name):
 
 @CASES
 def test_empty_round_only_counts(name):
-  method = table.CASES[name].build()
+  method = built(name)
   state = method.init(table.params())
   messages, cohort = messages_of(method, state, [1, 2])
   cohort = cohort._replace(weight=np.zeros(2, np.float32))
-  after = jax.jit(method.server)(state, messages, cohort)
+  after = compiled(method).server(state, messages, cohort)
   assert int(after.round) == 1
   if 'decay' in name or 'float32-weights' in name:
     return  # weights decay even when nobody answers
@@ -140,7 +152,7 @@ def test_empty_round_only_counts(name):
 
 @CASES
 def test_vmapped_equals_looped(name):
-  method = table.CASES[name].build()
+  method = built(name)
   state = method.init(table.params())
   many, _ = messages_of(method, state, [0, 1, 2, 3])
   for i in range(4):
@@ -157,7 +169,7 @@ def test_vmapped_equals_looped(name):
 @CASES
 def test_block_size_does_not_matter(name):
   case = table.CASES[name]
-  ends = [run(case.build(), 4, block_size=b)[-1].state for b in (1, 3, 6)]
+  ends = [run(built(name), 4, block_size=b)[-1].state for b in (1, 3, 6)]
   for end in ends[1:]:
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), ends[0], end
@@ -167,7 +179,7 @@ def test_block_size_does_not_matter(name):
 @CASES
 def test_compiles_once(name):
   method = table.CASES[name].build()
-  programs = simulate.compile_method(method)
+  programs = simulate.compile_method(method)  # afresh, to count
   population = simulate.Population(
     num_clients=table.NUM_CLIENTS, participation_rate=0.5, dropout_rate=0.5
   )
@@ -184,7 +196,7 @@ def test_compiles_once(name):
 
 @CASES
 def test_ledger_is_the_bytes(name, tmp_path, monkeypatch):
-  method = table.CASES[name].build()
+  method = built(name)
   frames = []
   to_bytes = wire.to_bytes
   monkeypatch.setattr(
@@ -201,7 +213,7 @@ def test_ledger_is_the_bytes(name, tmp_path, monkeypatch):
 
 @CASES
 def test_declared_message_is_the_message(name):
-  method = table.CASES[name].build()
+  method = built(name)
   state = method.init(table.params())
   messages, _ = messages_of(method, state, [0])
   like = method.message(state.params)
@@ -212,7 +224,7 @@ def test_declared_message_is_the_message(name):
 def test_non_finite_loss_is_left_out(name):
   """A client whose loss is NaN is as good as absent, on every replica."""
   case = table.CASES[name]
-  method = case.build()
+  method = built(name)
   bad = case.build(lambda p, b: table.loss_fn(p, b) * np.float32(np.nan))
   state = method.init(table.params())
   good_messages, cohort = messages_of(method, state, [0, 1, 2])
@@ -220,7 +232,7 @@ def test_non_finite_loss_is_left_out(name):
   mixed = jax.tree.map(
     lambda g, b: np.stack([g[0], b[1], g[2]]), good_messages, bad_messages
   )
-  server = jax.jit(method.server)
+  server = compiled(method).server
   absent = cohort._replace(weight=cohort.weight * np.float32([1, 0, 1]))
   with_bad = server(state, mixed, cohort)
   without = server(state, good_messages, absent)
