@@ -2,13 +2,14 @@
 
 A direction z is never stored. Entry (r, c) of the tensor at `path` is a
 function of (r, c) and of the leaf key `keys.leaf_key(direction, path)` alone,
-as defined in `jaxfl.kernels.xla`: equal under jit, vmap, sharding and tiling,
-and on every machine. Three distributions, all of mean 0 and variance 1:
+as defined in `jaxfl.kernels.xla`: the same under jit, vmap, sharding and
+tiling, and on every machine. Three distributions of mean 0 and variance 1:
 
   * 'rademacher': signs. The default, and the fastest. Exact on every backend.
   * 'popcount16': 17 levels in [-4, 4], nearly Gaussian (kurtosis 2.875). Exact
     on every backend.
-  * 'gaussian': for comparison with papers. Not bit-exact across backends.
+  * 'gaussian': for comparison with papers. Not bit-exact: the last bits may
+    differ between backends, shardings and rectangles.
 
 and three ways to apply it, from rounded to exact:
 
@@ -118,7 +119,8 @@ def field(
       view. Python integers, or uint32[] values that may be traced.
 
   Returns:
-    float32[shape], equal to the slice of the whole field.
+    float32[shape], equal to the slice of the whole field (for 'gaussian', up
+    to rounding).
 
   Raises:
     ValueError: if the distribution is unknown or the direction's shape wrong.

@@ -15,7 +15,8 @@ Threefry-2x32-20 under the leaf key (Salmon et al., SC 2011):
                 z = sqrt(-2 log u) (sin t if r & 1 else cos t)
 
 The first two are integers up to a power of two and equal on every backend. The
-third depends on the backend's `log` and on its use of FMA.
+third depends on the backend's `log` and use of FMA, in the last bits: it may
+differ between backends, and between the layouts of one backend.
 
 A word serves many elements. XLA on CPU would fuse the hash into its consumers
 and evaluate it once per element; `optimization_barrier` does not prevent that
@@ -27,8 +28,10 @@ Under GSPMD a tensor is updated without communication if every shard holds whole
 groups of 64 rows of the (R, C) view; other layouts exchange bits of the field.
 """
 
+import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -139,25 +142,25 @@ _EXPAND = {
 }
 
 
-def _rectangle(key, shape, offset, distribution):
+def _rectangle(key, shape, offset, distribution, aligned):
   """A rectangle of a raw field: sign bits, integers or normals."""
   rows, cols = shape
-  per_hash = _ROWS[distribution]
   row, col = offset
-  static = isinstance(row, int)
-  skip = row % per_hash
-  count = -(-(rows + (skip if static else per_hash - 1)) // per_hash)
-  first = np.uint32(row // per_hash) if static else row // np.uint32(per_hash)
-  words = _words(key, count, cols, first, jnp.uint32(col))
-  whole = _EXPAND[distribution](words).reshape(count * per_hash, cols)
-  if static:
-    return lax.slice(whole, (skip, 0), (skip + rows, cols))
-  return lax.dynamic_slice(whole, (skip, np.uint32(0)), shape)
+  group = _ROWS[distribution]
+  count = -(-(rows + (0 if aligned else group - 1)) // group)
+  words = _words(key, count, cols, row // np.uint32(group), col)
+  whole = _EXPAND[distribution](words).reshape(count * group, cols)
+  if aligned:
+    return whole[:rows]
+  start = (row % np.uint32(group), np.uint32(0))
+  return lax.dynamic_slice(whole, start, shape)
 
 
 def _raw(key, shape, distribution):
   """The raw field of a whole tensor, in the tensor's shape."""
-  return _rectangle(key, view(shape), (0, 0), distribution).reshape(shape)
+  zero = np.uint32(0)
+  raw = _rectangle(key, view(shape), (zero, zero), distribution, True)
+  return raw.reshape(shape)
 
 
 def _as_field(raw, distribution):
@@ -181,10 +184,25 @@ def field(key, shape, offset, *, distribution):
   Returns:
     float32[shape].
   """
-  raw = _rectangle(key, view(shape), offset, distribution)
+  row = offset[0]
+  return _field(
+    key,
+    tuple(np.uint32(x) if isinstance(x, int) else x for x in offset),
+    shape=shape,
+    distribution=distribution,
+    aligned=isinstance(row, int) and row % _ROWS[distribution] == 0,
+  )
+
+
+@functools.partial(
+  jax.jit, static_argnames=('shape', 'distribution', 'aligned'), inline=True
+)
+def _field(key, offset, *, shape, distribution, aligned):
+  raw = _rectangle(key, view(shape), offset, distribution, aligned)
   return _as_field(raw, distribution).reshape(shape)
 
 
+@functools.partial(jax.jit, static_argnames='distribution', inline=True)
 def add(w, key, scale, *, distribution):
   """`w + scale * z`, rounded once per operation in float32.
 
@@ -212,6 +230,7 @@ def add(w, key, scale, *, distribution):
   return (w.astype(jnp.float32) + step).astype(w.dtype)
 
 
+@functools.partial(jax.jit, static_argnames='distribution', inline=True)
 def add_units(total, key, unit, *, distribution):
   """`total + unit * Z` in int32, with the integer field Z.
 
