@@ -72,23 +72,13 @@ def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
+_SCHEDULE = {'schedule', 'warmup_rounds'}
 _SPSA = frozenset(
-  [
-    'num_perturbations',
-    'mu',
-    'mu_schedule',
-    'codec',
-    'codec_scale',
-    'distribution',
-    'sides',
-    'scaling',
-    'weights',
-    'forward_dtype',
-    'schedule',
-    'warmup_rounds',
-  ]
+  _SCHEDULE
+  | {'num_perturbations', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
+  | {'distribution', 'sides', 'scaling', 'weights', 'forward_dtype'}
 )
-_FED = frozenset(['local_steps', 'server_lr', 'server_momentum'])
+_FED = frozenset({'local_steps', 'server_lr', 'server_momentum'})
 
 METHODS = {
   'spsa': Entry(_spsa, {'learning_rate': 1e-3}, _SPSA),

@@ -79,16 +79,18 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
       uniform = dataclasses.replace(config, weighting='uniform')
       population = build.build_population(uniform, None)  # for its size only
       state, rounds = method.init(base), 0
+      server = simulate.compile_method(method).server
       total = log.num_rounds if until_round is None else until_round
       with progress.bar(total, 0) as advance:
-        for rounds, state in replay.replay(
-          simulate.compile_method(method).server,
+        for rounds, replayed in replay.replay(
+          server,
           state,
           log,
           method.message(base),
           num_slots=population.num_slots,
           until_round=until_round,
         ):
+          state = replayed
           advance(rounds)
   except ValueError as error:
     raise UsageError(str(error)) from error

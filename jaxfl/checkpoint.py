@@ -1,4 +1,4 @@
-"""Checkpoints: the base once, then sparse snapshots, which are caches of the log.
+"""Checkpoints: the base once, then sparse snapshots, caches of the log.
 
 A snapshot after round r holds the public state, private client states and the
 ledger. It is usable if it can be read, if its digest is that of its own state,

@@ -1,4 +1,4 @@
-"""Grid weights: float32 tensors on multiples of 2**-e, where every add is exact.
+"""Grid weights: tensors on multiples of 2**-e, where every add is exact.
 
 A tensor with exponent e holds multiples of 2**-e below 2**(24-e) in magnitude;
 float32 represents all of them. Coefficients are rounded to the same grid once

@@ -1,11 +1,11 @@
-"""The protocol: a method is three pure functions, and only messages leave a client.
+"""The protocol: a method is pure functions, and only messages leave a client.
 
     message, local, metrics = client(state, local, batches, party)
     state = server(state, messages, cohort)
 
 `state` is public: every replica holds it and the log can rebuild it. A message
-is all that a client sends. Runtimes compile `client` and `server` apart, because
-a compiler that sees both rounds differently in every runtime.
+is all that a client sends. Runtimes compile `client` and `server` apart: a
+compiler that sees both rounds differently in every runtime.
 """
 
 from collections.abc import Callable

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
-  """One value of one metric after `round` rounds; totals are since the start."""
+  """One value of one metric after `round` rounds; totals since the start."""
 
   method: str
   task: str

@@ -81,8 +81,8 @@ def spsa(
     sides: `two_sided` or `one_sided`.
     scaling: `mean` by party weight, or `sum` over all projected gradients.
     weight_decay: decoupled; multiplied by the learning rate.
-    weights: `grid` (exact, any order) or `float32` (any float32 weights, adds in
-      the order of party ids, equal on every device all the same).
+    weights: `grid` (exact, any order) or `float32` (no grid; adds in the order
+      of party ids, equal on every device all the same).
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
     num_rounds: length of the schedules; needed with functions of the round.
 

@@ -1,9 +1,9 @@
 """Many clients on one device: the runtime for research sweeps and for CI.
 
-Clients run in blocks under `vmap`; their messages are encoded to frames, counted,
-decoded, logged, and only then applied. The cohort has a fixed number of slots,
-so that nothing is compiled again when clients come and go. A round that the log
-already holds is taken from the log: resuming is running again.
+Clients run in blocks under `vmap`; their messages are encoded to frames,
+counted, decoded, logged, and only then applied. The cohort has a fixed number
+of slots, so that nothing is compiled again when clients come and go. A round
+that the log already holds is taken from the log: resuming is running again.
 """
 
 import dataclasses
@@ -97,7 +97,7 @@ class Round(NamedTuple):
 
   round: int  # rounds done, counted from 1
   state: Any
-  local: Any  # private client states with leading axis num_clients, or ()
+  local: Any  # private client states; the next round changes them in place
   loss: float  # mean over clients; nan when nobody ran
   bytes_up: int  # encoded frames of this round
   bytes_down: int
@@ -170,8 +170,8 @@ def simulate(
     num_rounds: rounds of the whole run.
     first_round: rounds that `state` has behind it.
     local: private client states of a snapshot, leading axis num_clients.
-    log: rounds that it holds are replayed, new ones are appended before they are
-      applied.
+    log: rounds that it holds are replayed, new ones are appended to it before
+      they are applied.
     block_size: clients that run at once under `vmap`.
     programs: from `compile_method(method)`, to share compiled programs.
 
@@ -180,8 +180,8 @@ def simulate(
 
   Raises:
     FloatingPointError: when `method.check` reports an error.
-    ValueError: if the weights of a cohort may add up to more than the method can
-      divide exactly.
+    ValueError: if the weights of a cohort may add up to more than the method
+      can divide exactly.
   """
   _check_weights(method, population)
   programs = programs or compile_method(method)
@@ -257,7 +257,7 @@ def _run_clients(
   blocks, losses = [], []
   for start in range(0, len(ids), block_size):
     block = ids[start : start + block_size]
-    # the last block is filled up with its first client, whose copies are dropped
+    # the last block is filled up with copies, which are dropped again
     filled = np.resize(block, block_size) if len(block) < block_size else block
     batches = [batch_fn(round, int(i)) for i in filled]
     batches = jax.tree.map(lambda *xs: np.stack(xs), *batches)
