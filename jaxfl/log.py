@@ -169,7 +169,7 @@ class RoundLog:
     """Reads and verifies everything; use `create` or `open` instead."""
     self.path, self._file, self._writable = path, file, writable
     self._offsets = array.array('Q')  # of the records of rounds
-    self._checks = bytearray()  # the first byte of the chain before each
+    self._chains = bytearray()  # the 32 bytes of the chain before each
     self._changes = array.array('Q')  # rounds stored as COHORT
     self._cached = (-1, _cohort((), ()))  # the latest change that was read
     file.seek(0)
@@ -249,6 +249,18 @@ class RoundLog:
     """The chain after the last round, 64 hex digits: header and rounds."""
     return self._tip.chain.hex()
 
+  def digest_at(self, round: int) -> str:
+    """The chain after so many rounds, 64 hex digits.
+
+    Raises:
+      IndexError: if the log has fewer rounds.
+    """
+    if not 0 <= round <= self.num_rounds:
+      raise IndexError(f'{self.path} has {self.num_rounds} rounds: {round}')
+    if round == self.num_rounds:
+      return self.digest
+    return self._chains[32 * round : 32 * (round + 1)].hex()
+
   def append(self, round: int, ids, weights, messages: jt.Message) -> None:
     """Adds a round; when this returns, the round is on the disk.
 
@@ -297,7 +309,7 @@ class RoundLog:
       raise IndexError(f'{self.path} has {self.num_rounds} rounds: {round}')
     if self._file.closed:
       raise ValueError(f'{self.path} is closed')
-    at, first = self._offsets[round], self._checks[round]
+    at, first = self._offsets[round], self._chains[32 * round]
     try:
       change = bisect.bisect(self._changes, round) - 1
       change = self._changes[change] if change >= 0 else -1
@@ -354,7 +366,7 @@ class RoundLog:
     if tag == _COHORT:
       self._changes.append(len(self._offsets))
     self._offsets.append(offset)
-    self._checks.append(chain[0])
+    self._chains += chain
 
   def _pread(self, at: int, size: int) -> bytes:
     self._file.seek(at)
