@@ -59,6 +59,7 @@ def _spsa(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
 
 
 def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  assert config.learning_rate is not None  # resolve() has filled it in
   client = optax.sgd(config.learning_rate)
   if config.weight_decay:
     client = optax.chain(optax.add_decayed_weights(config.weight_decay), client)

@@ -89,7 +89,7 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
       raise UsageError(
         f'unknown setting {name!r}; there are: {", ".join(sorted(fields))}'
       )
-  typed = {
+  typed: dict[str, Any] = {
     name: _typed(name, value, fields[name].type)
     for name, value in values.items()
   }
@@ -119,9 +119,11 @@ def _check(config: Config):
       raise UsageError(f'{name} must be one of {names}; got {value!r}')
   for f in dataclasses.fields(config):
     value = getattr(config, f.name)
-    if isinstance(value, float) and not math.isfinite(value):
+    if not isinstance(value, int | float):
+      continue
+    if not math.isfinite(value):
       raise UsageError(f'{f.name} must be finite, got {value}')
-    if f.name in _POSITIVE and value is not None and not value > 0:
+    if f.name in _POSITIVE and not value > 0:
       raise UsageError(f'{f.name} must be > 0, got {value}')
     if f.name in _NOT_NEGATIVE and not value >= 0:
       raise UsageError(f'{f.name} must be >= 0, got {value}')

@@ -40,6 +40,11 @@ def nest(description: list[list]) -> dict[str, Any]:
   return tree
 
 
+def no_loss(params, batch):
+  """A server step evaluates no loss: there are no data in a replay."""
+  raise AssertionError('a replay must not evaluate a loss')
+
+
 def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
   """Replays a run's log.
 
@@ -74,8 +79,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
       base = checkpoint.load_base(
         workdir.base, nest(header.params), header.base_digest
       )
-      # the server step needs no loss function: there is no data here
-      method = build.build_method(config, lambda params, batch: 0.0)
+      method = build.build_method(config, no_loss)
       uniform = dataclasses.replace(config, weighting='uniform')
       population = build.build_population(uniform, None)  # for its size only
       state, rounds = method.init(base), 0
@@ -91,7 +95,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           until_round=until_round,
         ):
           state = replayed
-          advance(rounds)
+          advance(rounds, '')
   except ValueError as error:
     raise UsageError(str(error)) from error
   if error := method.check(state):

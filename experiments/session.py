@@ -97,7 +97,7 @@ class Session:
     self._num_params = sum(x.size for x in jax.tree.leaves(base))
     self.state = method.init(base)
     self.round = 0
-    self.ledger = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
+    self.ledger: dict[str, Any] = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
     self._local = simulate.init_local(method, base, config.num_clients)
     found = snapshots.newest(self.state, self._local, log)
     if found is not None:

@@ -36,7 +36,7 @@ def exponents(params: jt.Params, *, headroom: int = 2) -> jt.Params:
     ValueError: if a tensor has non-finite entries; names the tensor.
   """
 
-  def exponent(path: str, x) -> np.ndarray:
+  def exponent(path: str, x) -> np.int32:
     x = np.asarray(x, np.float32)
     if not np.isfinite(x).all():
       raise ValueError(f'parameter {path!r} has entries that are not finite')

@@ -21,9 +21,9 @@ from jaxfl import typing as jt
 class Party(NamedTuple):
   """What everybody knows of one participant of a round; stacked, the cohort."""
 
-  id: jax.Array  # int32[]; stable identity, >= 0
-  round: jax.Array  # int32[]
-  weight: jax.Array  # float32[]; a whole number < 2**24, 0 when absent
+  id: jt.Array  # int32[]; stable identity, >= 0
+  round: jt.Array  # int32[]
+  weight: jt.Array  # float32[]; a whole number < 2**24, 0 when absent
 
 
 class Method(NamedTuple):
@@ -105,14 +105,14 @@ def weighted_mean(
   Returns:
     The mean (zeros if nobody contributed), and bool[]: somebody contributed.
   """
-  order = jnp.argsort(cohort.id)
+  order = jnp.argsort(jnp.asarray(cohort.id))
   finite = jnp.stack(
     [
       jnp.all(jnp.isfinite(m.reshape(m.shape[0], -1)), axis=1)
       for m in jax.tree.leaves(messages)
     ]
   ).all(0)
-  part = fractions(jnp.where(finite, cohort.weight, 0.0))[order]
+  part = fractions(finite * jnp.asarray(cohort.weight))[order]
 
   def mean(m):
     m = m[order]

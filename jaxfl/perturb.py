@@ -34,7 +34,7 @@ import numpy as np
 
 from jaxfl import keys
 from jaxfl import typing as jt
-from jaxfl.kernels import xla
+from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
 
 DISTRIBUTIONS = xla.DISTRIBUTIONS
 

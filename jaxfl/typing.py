@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-Array = jax.Array | np.ndarray
+Array = jax.Array | np.ndarray | np.generic
 Params = Any  # a pytree of floating-point arrays
 Batch = Any  # a pytree of arrays; the leading axis counts examples
 Message = Any  # a pytree of fixed-width arrays: all that leaves a client
