@@ -22,6 +22,7 @@ import json
 import os
 import statistics
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 if hasattr(os, 'sched_setaffinity'):  # before JAX counts the cores
@@ -67,7 +68,7 @@ def model() -> dict[str, jax.Array]:
   return {path: jnp.zeros(shape) for path, shape in shapes.items()}
 
 
-def operations(params):
+def operations(params) -> dict[str, tuple[Callable, tuple, int]]:
   """Names to (function of params, further arguments, entries per element)."""
   keys = jax.random.bits(jax.random.key(0), (NUM_DIRECTIONS, 2), jnp.uint32)
   scales = jnp.full(NUM_DIRECTIONS, _SCALE)
@@ -86,7 +87,7 @@ def operations(params):
       for (path, w), draw in zip(params.items(), draws, strict=True)
     }
 
-  table = {'add': (add, (_SCALE,), 1)}
+  table: dict[str, tuple[Callable, tuple, int]] = {'add': (add, (_SCALE,), 1)}
   for name in perturb.DISTRIBUTIONS:
     kwargs = {'distribution': name}
     table[f'perturb {name}'] = (

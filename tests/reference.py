@@ -59,7 +59,7 @@ def integers(direction, path, shape, distribution, offset=(0, 0)):
   r, c = _positions(shape, offset)
   a, b = threefry(key, r // 4, c)
   half = np.where(r % 4 < 2, a, b) >> (16 * (r % 2)) & 0xFFFF
-  return (sum(half >> i & 1 for i in range(16)) - 8).reshape(shape)
+  return (np.sum([half >> i & 1 for i in range(16)], axis=0) - 8).reshape(shape)
 
 
 def field(direction, path, shape, distribution, offset=(0, 0)):

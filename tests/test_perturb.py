@@ -164,7 +164,7 @@ def test_replay_is_a_sequence_of_perturbs(distribution):
 
 
 def test_replay_of_other_types_and_of_nothing():
-  ds, coefficients = directions(3), np.float32([0.1, 0.2, 0.3])
+  ds, coefficients = directions(3), np.array([0.1, 0.2, 0.3], np.float32)
   params = {
     'bfloat16': jnp.asarray(weights((70, 3)), jnp.bfloat16),
     'float16': jnp.asarray(weights((70,)), jnp.float16),
@@ -217,7 +217,7 @@ def test_replay_int_equals_int64_in_any_order(distribution):
 
 
 def test_replay_int_agrees_with_replay_on_the_grid():
-  ds, units = directions(6), np.int32([3, -5, 0, 127, -127, 1])
+  ds, units = directions(6), np.array([3, -5, 0, 127, -127, 1], np.int32)
   params = {'a': grid_weights((70, 9), 10)}
   new, _ = perturb.replay_int(params, ds, {'a': units}, {'a': 10})
   expected = perturb.replay(params, ds, units.astype(np.float32) / 2**10)
@@ -273,7 +273,7 @@ def test_the_bound_on_the_scalars_is_exact():
   ds = np.repeat(directions(1), 3, axis=0)  # the same direction: cancels
   for extra in (0, 1):
     half = limit // 2
-    units = np.int32([half, -half, limit - 2 * half + extra])
+    units = np.array([half, -half, limit - 2 * half + extra], np.int32)
     _, overflow = replay_int({'a': zeros}, ds, {'a': units}, {'a': 0})
     assert bool(overflow['a']) is bool(extra)
 
@@ -290,7 +290,7 @@ def meshes():
 def test_sharding_does_not_change_the_bits(shape):
   ds = directions(2)
   w = grid_weights(shape, 10)
-  units, exponents = {'a': np.int32([5, -7])}, {'a': np.int32(10)}
+  units, exponents = {'a': np.array([5, -7], np.int32)}, {'a': np.int32(10)}
 
   def f(w):
     params = {'a': w}
@@ -299,7 +299,7 @@ def test_sharding_does_not_change_the_bits(shape):
       'popcount16': perturb.perturb(
         params, ds[0], 0.3, distribution='popcount16'
       ),
-      'replay': perturb.replay(params, ds, np.float32([0.1, 0.2])),
+      'replay': perturb.replay(params, ds, np.array([0.1, 0.2], np.float32)),
       'replay_int': perturb.replay_int(params, ds, units, exponents),
     }
 
