@@ -6,6 +6,7 @@ python -m experiments.train --config=experiments/configs/fed_avg.py
 python -m experiments.train --method=spsa --codec=sign1 --config.mu=2e-3
 """
 
+import contextlib
 import datetime
 import pathlib
 import signal
@@ -20,9 +21,24 @@ from experiments import progress, report
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError, from_mapping
 
-_CONFIG = config_flags.DEFINE_config_file(
-  'config', 'experiments/configs/default.py', 'File with get_config().'
-)
+
+@contextlib.contextmanager
+def _config_errors():
+  """config_flags raises bare exceptions, some as soon as it is defined."""
+  try:
+    yield
+  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
+    inner: BaseException = error
+    while inner.args and isinstance(inner.args[0], BaseException):
+      inner = inner.args[0]
+    words = str(inner.args[-1] if inner.args else inner).split()
+    sys.exit(f'error: --config: {" ".join(words)}')
+
+
+with _config_errors():
+  _CONFIG = config_flags.DEFINE_config_file(
+    'config', 'experiments/configs/default.py', 'File with get_config().'
+  )
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
 )
@@ -61,7 +77,8 @@ def asked_for() -> tuple[Config, set[str]]:
   """
   from experiments import build
 
-  values = _CONFIG.value.to_dict()
+  with _config_errors():
+    values = _CONFIG.value.to_dict()
   given = set(config_flags.get_override_values(flags.FLAGS['config']))
   if flags.FLAGS['config'].present:
     given |= set(values)
@@ -152,6 +169,12 @@ def main(argv):
   )
 
 
+def parse(argv: list[str]) -> list[str]:
+  """Parses the flags."""
+  with _config_errors():
+    return app.parse_flags_with_usage(argv)
+
+
 if __name__ == '__main__':
   logging.set_verbosity(logging.WARNING)
-  app.run(main)
+  app.run(main, flags_parser=parse)

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxfl import log as log_lib
-from jaxfl import wire
+from jaxfl import log_format, wire
 
 FAST = hypothesis.settings(
   deadline=None,
@@ -174,7 +174,7 @@ def warnings_of(monkeypatch):
 def damaged(request, tmp_path, monkeypatch, no_fsync):
   """A log with changes of cohort, empty rounds, both kinds of seal."""
   del no_fsync
-  monkeypatch.setattr(log_lib, 'SEAL_INTERVAL', 4)
+  monkeypatch.setattr(log_format, 'SEAL_INTERVAL', 4)
   like = {'one_byte': ONE_BYTE, 'tree': TREE, 'empty': ()}[request.param]
   sizes = [2, 2, 3, 3, 1, 1, 0, 0, 2, 2, 2, 4]
   original = str(tmp_path / 'original.log')
@@ -473,7 +473,7 @@ def test_other_tails_are_refused(path, damaged):
 
 def test_records_may_look_like_seals(path, no_fsync, monkeypatch):
   """Clients can't make a log unreadable by imitating its other records."""
-  monkeypatch.setattr(log_lib, 'SEAL_INTERVAL', 5)
+  monkeypatch.setattr(log_format, 'SEAL_INTERVAL', 5)
   for size in (1, 2, 4, 40):
     if os.path.exists(path):
       os.unlink(path)
