@@ -76,7 +76,7 @@ CASES = {
     _spsa(codec='linear8_stochastic', codec_scale=32.0), True, 0.02
   ),
   'spsa-sign1': Case(
-    _spsa(codec='sign1', codec_scale=1.0, learning_rate=0.04), True, 0.1
+    _spsa(codec='sign1', codec_scale=1.0, learning_rate=0.08), True, 0.1
   ),
   'spsa-float32-codec': Case(_spsa(codec='float32'), True, 0.02),
   'spsa-one-sided': Case(_spsa(sides='one_sided', mu=1e-3), True, 0.02),

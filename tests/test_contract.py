@@ -168,7 +168,6 @@ def test_vmapped_equals_looped(name):
 
 @CASES
 def test_block_size_does_not_matter(name):
-  case = table.CASES[name]
   ends = [run(built(name), 4, block_size=b)[-1].state for b in (1, 3, 6)]
   for end in ends[1:]:
     jax.tree.map(

@@ -113,7 +113,7 @@ def test_weights_are_arguments_not_constants():
   batches = {'x': np.zeros((1, 1), np.float32)}
   found = []
   for value in (1.0, 2.0):
-    state = method.init({'w': np.full(10, value, np.float32)})
+    state = method.init({'w': np.full(11, value, np.float32)})
     found.append(float(client(state, (), batches, party)[0][0]))
   assert found[0] != 0
   np.testing.assert_allclose(found[1], 2 * found[0], rtol=1e-3)
@@ -166,7 +166,7 @@ def test_accuracy_works_as_an_objective():
     return jnp.mean((batch['x'] @ params['w'] > 0) != batch['y'])
 
   method = spsa.spsa(
-    error_rate, ROOT, learning_rate=0.2, mu=0.3, num_perturbations=8
+    error_rate, ROOT, learning_rate=2.0, mu=0.3, num_perturbations=8
   )
   state = method.init({'w': rng.normal(size=10).astype(np.float32)})
   batch = {'x': np.stack([x] * 8), 'y': np.stack([y] * 8)}
@@ -216,7 +216,7 @@ def test_bf16_forward_comes_from_the_float32_master():
   state = method.init({'w': jnp.ones(8, jnp.bfloat16)})
   for _ in range(10):
     state, _ = run_round(method, state, [0, 1])
-  assert set(seen) == {jnp.bfloat16}
+  assert set(seen) == {np.dtype(jnp.bfloat16)}
   assert state.params['w'].dtype == jnp.float32
   # steps far below a bfloat16 ulp of 1.0 are kept
   assert float(jnp.max(jnp.abs(state.params['w'] - 1))) > 0

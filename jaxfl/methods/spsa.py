@@ -204,27 +204,37 @@ def _master(params, exponents, weights):
   return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) + 0.0, params)
 
 
+def _in_order(ids, directions, coefficients):
+  """Directions [C K, 2] and coefficients [C K] in the order of party ids."""
+  order = jnp.argsort(ids)
+  return directions[order].reshape(-1, 2), coefficients[order].reshape(-1)
+
+
 def _grid_update(
   state, directions, coefficients, ids, rate, distribution, root
 ):
-  """w + sum_k c_k z_k, and decay, on the grid; order-free."""
-  del ids  # Unused: integer sums have no order.
+  """w + sum_k c_k z_k, and decay, on the grid."""
   params = state.params
   if rate is not None:
     key = keys.fold(keys.stream(root, 'decay'), state.round)
     params = grid.decay(params, state.exponents, rate, key)
-  directions, coefficients = directions.reshape(-1, 2), coefficients.reshape(-1)
-  if distribution == 'gaussian':
+  if distribution == 'gaussian':  # has no integers: ordered, then rounded
     params = perturb.replay(
-      params, directions, coefficients, distribution=distribution
+      params,
+      *_in_order(ids, directions, coefficients),
+      distribution=distribution,
     )
     params = grid.snap(params, state.exponents)
     overflow = grid.out_of_range(params, state.exponents)
-  else:
-    unit = _FIELD_UNIT[distribution]
-    units = grid.to_units(coefficients * unit, state.exponents, directions)
+  else:  # integer sums have no order
+    directions = directions.reshape(-1, 2)
+    coefficients = coefficients.reshape(-1) * _FIELD_UNIT[distribution]
     params, overflow = perturb.replay_int(
-      params, directions, units, state.exponents, distribution=distribution
+      params,
+      directions,
+      grid.to_units(coefficients, state.exponents, directions),
+      state.exponents,
+      distribution=distribution,
     )
   return params, jax.tree.map(jnp.logical_or, state.overflow, overflow)
 
@@ -237,11 +247,9 @@ def _float_update(
   params = state.params
   if rate is not None:
     params = jax.tree.map(lambda x: x * (1.0 - rate), params)
-  order = jnp.argsort(ids)
   params = perturb.replay(
     params,
-    directions[order].reshape(-1, 2),
-    coefficients[order].reshape(-1),
+    *_in_order(ids, directions, coefficients),
     distribution=distribution,
   )
   return params, state.overflow
