@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfl import perturb, schedules, wire
+from jaxfl import codecs, perturb, schedules
 from jaxfl.methods import spsa
 
 
@@ -57,7 +57,7 @@ _CHOICES = {
   'weighting': ('uniform', 'examples'),
   'schedule': schedules.NAMES,
   'mu_schedule': schedules.NAMES,
-  'codec': wire.CODECS,
+  'codec': codecs.CODECS,
   'distribution': perturb.DISTRIBUTIONS,
   'sides': spsa.SIDES,
   'scaling': spsa.SCALINGS,

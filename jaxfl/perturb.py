@@ -32,11 +32,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import keys
+from jaxfl import grid, keys
 from jaxfl import typing as jt
 from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
 
 DISTRIBUTIONS = xla.DISTRIBUTIONS
+# z as a multiple of the integer field that `replay_int` adds
+FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
 
 _LIMIT = 1 << 24  # float32 holds every integer of smaller magnitude
 _MAX_EXPONENT = 100  # keeps 2**e, 2**-e and |W| 2**-e normal and finite
@@ -216,12 +218,6 @@ def replay(
   return jax.tree.structure(params).unflatten(new)
 
 
-def _power_of_two(e: jax.Array) -> jax.Array:
-  """2**e as float32 from its bits; int32[] e in [-126, 127]."""
-  bits = (e + np.int32(127)) << np.int32(23)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
 def _sum_exceeds(units: jax.Array, limit: int) -> jax.Array:
   """bool[]: sum |units| > limit, for int32[K] units and limit < 2**31 - 1.
 
@@ -303,7 +299,7 @@ def replay_int(
         f'{path!r}: expected units [{directions.shape[0]}] and an exponent '
         f'[], got {unit.shape} and {e.shape}'
       )
-    scaled = w * _power_of_two(e)
+    scaled = w * grid.power_of_two(e)
     old = scaled.astype(jnp.int32)
     new = _scan(add_units, old, leaf_keys, unit)
     fits = jnp.all(
@@ -313,7 +309,7 @@ def replay_int(
       & (new > -_LIMIT)
     )
     overflow = ~fits | _sum_exceeds(unit, limit) | (jnp.abs(e) > _MAX_EXPONENT)
-    return new.astype(jnp.float32) * _power_of_two(-e), overflow
+    return new.astype(jnp.float32) * grid.power_of_two(-e), overflow
 
   results = [
     leaf(path, w, *rest)

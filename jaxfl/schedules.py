@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfl import codecs
 from jaxfl import typing as jt
-from jaxfl import wire
 
 NAMES = ('constant', 'linear', 'cosine')
 
@@ -82,7 +82,7 @@ def table(
   for r, v in enumerate(values):
     if not (math.isfinite(v) and v >= 0):
       raise ValueError(f'{field} must be finite and >= 0, got {v} (round {r})')
-  return np.array([wire.round_significant(v) for v in values], np.float32)
+  return np.array([codecs.round_significant(v) for v in values], np.float32)
 
 
 def at(table: np.ndarray, round: jax.Array) -> jax.Array:

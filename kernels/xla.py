@@ -54,7 +54,7 @@ _SIN = [
 _ROWS = {'rademacher': 64, 'popcount16': 4, 'gaussian': 2}
 
 DISTRIBUTIONS = tuple(_ROWS)
-# The largest magnitude of the integer fields, see `integer_field`.
+# The largest magnitude of the integer fields, see `add_units`.
 LARGEST = {'rademacher': 1, 'popcount16': 8}
 
 

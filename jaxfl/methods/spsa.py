@@ -28,16 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import estimators, grid, keys, perturb, schedules, wire
+from jaxfl import codecs, estimators, grid, keys, perturb, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')
 SCALINGS = ('mean', 'sum')
 WEIGHTS = ('grid', 'float32')
-
-# z as a multiple of the integer field of `perturb.replay_int`
-_FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
 
 
 class SPSAState(NamedTuple):
@@ -75,7 +72,7 @@ def spsa(
     mu: perturbation radius, a number or a function of the round.
     num_perturbations: projected gradients per client and round. Two-sided
       estimates use a minibatch for each, one-sided ones share a minibatch.
-    codec: name of a codec of `wire.codec`.
+    codec: name of a codec of `codecs.codec`.
     codec_scale: range of the codecs that have one.
     distribution: of the directions, see `perturb`.
     sides: `two_sided` or `one_sided`.
@@ -87,7 +84,7 @@ def spsa(
     num_rounds: length of the schedules; needed with functions of the round.
 
   Returns:
-    A `Method`. Messages are uint8 or float32 arrays, see `wire.codec`.
+    A `Method`. Messages are uint8 or float32 arrays, see `codecs.codec`.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -98,7 +95,7 @@ def spsa(
   _one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if num_perturbations < 1:
     raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
-  code = wire.codec(codec, scale=codec_scale)
+  code = codecs.codec(codec, scale=codec_scale)
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -228,7 +225,7 @@ def _grid_update(
     overflow = grid.out_of_range(params, state.exponents)
   else:  # integer sums have no order
     directions = directions.reshape(-1, 2)
-    coefficients = coefficients.reshape(-1) * _FIELD_UNIT[distribution]
+    coefficients = coefficients.reshape(-1) * perturb.FIELD_UNIT[distribution]
     params, overflow = perturb.replay_int(
       params,
       directions,
