@@ -1,0 +1,37 @@
+"""Runs the installed wheel, away from the checkout: `check_wheel.py SITE`."""
+
+import pathlib
+import sys
+
+site = pathlib.Path(sys.argv[1]).resolve()
+sys.path.insert(0, str(site))
+
+import jax
+import numpy as np
+
+import jaxfl.kernels
+from jaxfl import digest, keys, perturb
+from jaxfl.data import python_text
+from jaxfl.methods import spsa
+from jaxfl.models import decoder
+from jaxfl.runtime import simulate
+
+top = {p.name for p in site.iterdir() if not p.name.endswith('.dist-info')}
+assert top == {'jaxfl'}, f'the wheel installs more than jaxfl: {top}'
+for module in (jaxfl.kernels, perturb, decoder):
+  assert site in pathlib.Path(module.__file__).resolve().parents, module
+config, params = decoder.load_embedded()
+method = spsa.spsa(
+  decoder.make_loss(config), keys.root(0), learning_rate=1e-4, mu=1e-3
+)
+task = python_text.load(2, length=16)
+batches = lambda round, client: task.batches(0, client, round, 1, 2)
+for done in simulate.simulate(
+  method,
+  method.init(params),
+  batches,
+  simulate.Population(num_clients=2),
+  num_rounds=2,
+):
+  assert np.isfinite(done.loss)
+print(f'wheel: jax {jax.__version__}, digest', digest.digest(done.state)[:16])
