@@ -1,21 +1,19 @@
-"""Runs the installed wheel, away from the checkout: `check_wheel.py SITE`."""
+"""Runs a wheel installed in SITE: `PYTHONPATH=SITE python check_wheel.py SITE`."""
 
 import pathlib
 import sys
 
-site = pathlib.Path(sys.argv[1]).resolve()
-sys.path.insert(0, str(site))
-
 import jax
+import jaxfl.kernels
 import numpy as np
 
-import jaxfl.kernels
 from jaxfl import digest, keys, perturb
 from jaxfl.data import python_text
 from jaxfl.methods import spsa
 from jaxfl.models import decoder
 from jaxfl.runtime import simulate
 
+site = pathlib.Path(sys.argv[1]).resolve()
 top = {p.name for p in site.iterdir() if not p.name.endswith('.dist-info')}
 assert top == {'jaxfl'}, f'the wheel installs more than jaxfl: {top}'
 for module in (jaxfl.kernels, perturb, decoder):

@@ -46,7 +46,7 @@ def open_session(
   """
   try:
     log = _open_log(config, workdir, method, base)
-  except ValueError as error:
+  except (ValueError, BlockingIOError) as error:
     raise UsageError(str(error)) from error
   snapshots = checkpoint.Snapshots(workdir.snapshots)
   try:

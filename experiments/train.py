@@ -8,6 +8,7 @@ python -m experiments.train --method=spsa --codec=sign1 --config.mu=2e-3
 
 import contextlib
 import datetime
+import math
 import pathlib
 import signal
 import sys
@@ -43,6 +44,10 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
 )
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
+_NOT_FINITE = (
+  'round %d: a loss is not finite; such contributions are rejected by all. If'
+  ' it lasts, lower the learning rate.'
+)
 _PLAIN = {
   'method': flags.DEFINE_string('method', None, 'Name of the method.'),
   'model': flags.DEFINE_string(
@@ -130,8 +135,10 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
           live.record(task.name, values, wall_s())
         if last or done.round % config.snapshot_every == 0:
           live.snapshot(wall_s())
-        if done.loss == done.loss:  # not of a round taken from the log
+        if done.loss is not None:
           shown['loss'] = done.loss
+          if not math.isfinite(done.loss):
+            logging.log_first_n(logging.WARNING, _NOT_FINITE, 1, done.round)
         shown |= values
         text = ''.join(f'{k} {v:.3f}  ' for k, v in shown.items())
         advance(
@@ -154,7 +161,7 @@ def main(argv):
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     summary = run(config, directory)
-  except UsageError as error:
+  except (UsageError, FloatingPointError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print(

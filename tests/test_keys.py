@@ -49,6 +49,13 @@ def test_streams_differ_from_each_other_and_from_parties():
   assert len({tuple(np.asarray(k).tolist()) for k in found}) == len(found)
 
 
+def test_directions_of_neighbours_never_collide():
+  """`seed * (i + 17) + i` and its kind do."""
+  party, round, sample = np.meshgrid(*[np.arange(40)] * 3, indexing='ij')
+  found = keys.fold(keys.root(0), party, round, sample).reshape(-1, 2)
+  assert len(np.unique(found, axis=0)) == 40**3
+
+
 def test_uniform_moments():
   n = 20_000
   u = np.asarray(keys.uniform(keys.fold(keys.root(3), np.arange(n))))

@@ -98,7 +98,7 @@ class Round(NamedTuple):
   round: int  # rounds done, counted from 1
   state: Any
   local: Any  # private client states; the next round changes them in place
-  loss: float  # mean over clients; nan when nobody ran
+  loss: float | None  # mean over clients; None if the log had the messages
   bytes_up: int  # encoded frames of this round
   bytes_down: int
   forwards: int  # passes over a minibatch, over all clients
@@ -195,13 +195,12 @@ def simulate(
     if log is not None and round < log.num_rounds:
       record = log.read(round, like)
       ids = record.ids
-    loss = float('nan')
     if record is None or stateful:
       messages, local, loss = _run_clients(
         programs, state, local, batch_fn, population, round, ids, block_size
       )
     else:
-      messages = record.messages
+      messages, loss = record.messages, None
     messages, bytes_up = _transmit(messages, ids, like)
     weights = population.weight_of(ids)
     if record is not None:
@@ -274,7 +273,7 @@ def _run_clients(
     losses.append(loss[:n])
     jax.tree.map(lambda all, new: all.__setitem__(block, new[:n]), local, mine)
   if not blocks:
-    return (), local, float('nan')
+    return (), local, None
   messages = jax.tree.map(lambda *xs: np.concatenate(xs), *blocks)
   return messages, local, float(np.concatenate(losses).mean())
 
