@@ -1,4 +1,4 @@
-"""Runs a wheel installed in SITE: `PYTHONPATH=SITE python check_wheel.py SITE`."""
+"""Runs a wheel from SITE: `PYTHONPATH=SITE python check_wheel.py SITE`."""
 
 import pathlib
 import sys
