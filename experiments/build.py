@@ -82,11 +82,11 @@ _SPSA = frozenset(
 _FED = frozenset({'local_steps', 'server_lr', 'server_momentum'})
 
 METHODS = {
-  'spsa': Entry(_spsa, {'learning_rate': 1e-3}, _SPSA),
-  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.1}, _FED),
+  'spsa': Entry(_spsa, {'learning_rate': 0.014}, _SPSA),
+  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.3}, _FED),
   'fed_sgd': Entry(
     _fed_avg,
-    {'learning_rate': 0.1, 'local_steps': 1},
+    {'learning_rate': 0.3, 'local_steps': 1},
     _FED - {'local_steps'},
   ),
 }

@@ -24,15 +24,15 @@ class Config:
   participation_rate: float = 1.0
   dropout_rate: float = 0.0
   weighting: str = 'uniform'
-  num_rounds: int = 100
-  batch_size: int = 8
+  num_rounds: int = 60
+  batch_size: int = 2
   sequence_length: int = 128
   learning_rate: float | None = None
-  schedule: str = 'cosine'
+  schedule: str = 'constant'
   warmup_rounds: int = 0
   weight_decay: float = 0.0
   # spsa
-  num_perturbations: int = 8
+  num_perturbations: int = 16
   mu: float = 1e-3
   mu_schedule: str = 'constant'
   codec: str = 'log8'
@@ -48,8 +48,8 @@ class Config:
   server_momentum: float = 0.0
   # the run
   seed: int = 0
-  eval_every: int = 10
-  snapshot_every: int = 50
+  eval_every: int = 5
+  snapshot_every: int = 20
   block_size: int = 1
 
 

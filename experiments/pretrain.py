@@ -50,6 +50,11 @@ _HEADS = flags.DEFINE_integer('num_heads', 2, 'Attention heads.')
 VALID_SHARE = 0.02  # the end of every file
 
 
+def settings() -> list[str]:
+  """The flags that were given, but where the results go."""
+  return [a for a in sys.argv[1:] if not a.startswith('--out_dir')]
+
+
 def read_books(data_dir: str) -> list[bytes]:
   """The books of Standard Ebooks, one bytes object each.
 
@@ -204,7 +209,7 @@ def write_card(path, params, losses, sources, seconds, config):
     seed=_SEED.value,
     topics_percent=100 * _TOPICS.value,
     seconds=seconds,
-    command=' '.join(['python -m experiments.pretrain', *sys.argv[1:]]),
+    command=' '.join(['python -m experiments.pretrain', *settings()]),
     python=platform.python_version(),
     jax=jax.__version__,
     rows=rows,
