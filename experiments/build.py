@@ -172,15 +172,26 @@ def build_task(config: Config) -> batching.Task:
     raise UsageError(f'dataset {config.dataset!r}: {error}') from error
 
 
-def build_population(config: Config, num_examples) -> simulate.Population:
-  """Who takes part; weights are 1 or the number of examples."""
+def build_population(
+  config: Config, method: method_lib.Method, num_examples
+) -> simulate.Population:
+  """Who takes part; weights are 1 or the number of examples.
+
+  Raises:
+    UsageError: if the weights are too large for the method.
+  """
   weights = None
   if config.weighting == 'examples':
     weights = tuple(int(n) for n in num_examples)
-  return simulate.Population(
-    num_clients=config.num_clients,
-    participation_rate=config.participation_rate,
-    dropout_rate=config.dropout_rate,
-    weights=weights,
-    seed=config.seed,
-  )
+  try:
+    population = simulate.Population(
+      num_clients=config.num_clients,
+      participation_rate=config.participation_rate,
+      dropout_rate=config.dropout_rate,
+      weights=weights,
+      seed=config.seed,
+    )
+    simulate.check_weights(method, population)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+  return population

@@ -9,7 +9,6 @@ import dataclasses
 import json
 import pathlib
 import sys
-from typing import Any
 
 from absl import app, flags, logging
 
@@ -23,21 +22,6 @@ _UNTIL = flags.DEFINE_integer(
 _OUT = flags.DEFINE_string(
   'out', None, 'Write the weights to this safetensors file.'
 )
-
-
-def nest(description: list[list]) -> dict[str, Any]:
-  """The nested dict of array shapes that a log's header describes."""
-  import jax
-  import numpy as np
-
-  tree: dict[str, Any] = {}
-  for path, dtype, shape in description:
-    *parents, name = path.split('/')
-    node = tree
-    for parent in parents:
-      node = node.setdefault(parent, {})
-    node[name] = jax.ShapeDtypeStruct(tuple(shape), np.dtype(dtype))
-  return tree
 
 
 def no_loss(params, batch):
@@ -75,13 +59,15 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           f'{workdir.log} was written under {header.spec!r}; this version'
           f' implements {keys.SPEC!r}'
         )
-      config = from_mapping(header.config)
+      settings = dict(header.config)
+      settings.pop('data_digest')
+      config = from_mapping(settings)
       base = checkpoint.load_base(
-        workdir.base, nest(header.params), header.base_digest
+        workdir.base, header.params, header.base_digest
       )
       method = build.build_method(config, no_loss)
       uniform = dataclasses.replace(config, weighting='uniform')
-      population = build.build_population(uniform, None)  # for its size only
+      population = build.build_population(uniform, method, None)  # its size
       state, rounds = method.init(base), 0
       server = simulate.compile_method(method).server
       total = log.num_rounds if until_round is None else until_round
@@ -96,7 +82,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
         ):
           state = replayed
           advance(rounds, '')
-  except ValueError as error:
+  except (ValueError, OSError) as error:
     raise UsageError(str(error)) from error
   if error := method.check(state):
     raise UsageError(f'{workdir.log}: {error}')
@@ -113,7 +99,7 @@ def main(argv):
       raise UsageError(f'until_round must be >= 0, got {_UNTIL.value}')
     params, rounds = rebuild(_WORKDIR.value, _UNTIL.value)
     print_result(params, rounds, workdir_lib.Workdir(_WORKDIR.value))
-  except UsageError as error:
+  except (UsageError, ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 

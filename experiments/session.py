@@ -29,6 +29,7 @@ def open_session(
   workdir: Workdir,
   method: method_lib.Method,
   base: jt.Params,
+  data_digest: str,
 ) -> Iterator['Session']:
   """Starts the run of a directory, or finds where it was left.
 
@@ -37,6 +38,7 @@ def open_session(
     workdir: claimed by `workdir.claim`.
     method: the method.
     base: the parameters to start from.
+    data_digest: of the clients' data, which a run can't change.
 
   Yields:
     The session; log and snapshots are on disk when the context ends.
@@ -45,8 +47,8 @@ def open_session(
     UsageError: if the directory's log or base are of another run or damaged.
   """
   try:
-    log = _open_log(config, workdir, method, base)
-  except (ValueError, BlockingIOError) as error:
+    log = _open_log(config, workdir, method, base, data_digest)
+  except (ValueError, OSError) as error:
     raise UsageError(str(error)) from error
   snapshots = checkpoint.Snapshots(workdir.snapshots)
   try:
@@ -56,29 +58,29 @@ def open_session(
     log.close()
 
 
-def _open_log(config, workdir, method, base):
+def _open_log(config, workdir, method, base, data_digest):
   header = log_lib.Header(
     spec=keys.SPEC,
     base_digest=digest_lib.digest(base),
-    config=dataclasses.asdict(config),
+    config=dataclasses.asdict(config) | {'data_digest': data_digest},
     params=wire.describe(base),
     message=wire.describe(method.message(base)),
   )
   if not workdir.log.exists():
-    # A crash before the log began leaves at most a base and stale rows.
-    workdir.metrics.unlink(missing_ok=True)
-    if not workdir.base.exists():
-      checkpoint.save_base(workdir.base, base)
-    checkpoint.load_base(workdir.base, base, header.base_digest)
+    checkpoint.save_base(workdir.base, base)
+    checkpoint.load_base(workdir.base, header.params, header.base_digest)
     return log_lib.RoundLog.create(workdir.log, header)
   log = log_lib.RoundLog.open(workdir.log, 'a')
-  for field in dataclasses.fields(header):
-    there, here = getattr(log.header, field.name), getattr(header, field.name)
-    if there != here:
-      log.close()
-      raise UsageError(
-        f'{workdir.log}: its {field.name} is not that of this run'
-      )
+  there, here = (
+    dataclasses.asdict(h) | dict(h.config) for h in (log.header, header)
+  )
+  different = [k for k in here if k != 'config' and there.get(k) != here[k]]
+  if different:
+    log.close()
+    raise UsageError(
+      f'{workdir.log} is the log of another run: it differs in'
+      f' {", ".join(different)}'
+    )
   return log
 
 
@@ -100,11 +102,9 @@ class Session:
     self.ledger: dict[str, Any] = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
     self._local = simulate.init_local(method, base, config.num_clients)
     found = snapshots.newest(self.state, self._local, log)
-    if found is not None:
+    if found is not None and self._keep_metrics(found.round):
       self.round, self.state, self._local, self.ledger = found
-    if self.round:
-      metrics.keep_until(workdir.metrics, self.round)
-    else:
+    else:  # from the start: the log has all the rounds there were
       workdir.metrics.unlink(missing_ok=True)
     if log.num_rounds:
       logging.info(
@@ -112,6 +112,15 @@ class Session:
         self.round,
         log.num_rounds,
       )
+
+  def _keep_metrics(self, round: int) -> bool:
+    """Drops rows after a round; False if there are no usable rows."""
+    try:
+      metrics.keep_until(self.workdir.metrics, round)
+    except (OSError, ValueError) as error:
+      logging.warning('metrics are made anew from the log: %s', error)
+      return False
+    return True
 
   def rounds(self, task, population) -> Iterator[simulate.Round]:
     """Runs the rounds that are left."""

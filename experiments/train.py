@@ -95,11 +95,11 @@ def asked_for() -> tuple[Config, set[str]]:
 
 
 def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
-  """Runs, or goes on with, the experiment of a claimed directory.
+  """Runs, or goes on with, an experiment.
 
   Args:
-    config: resolved settings, those of `config.json` there.
-    directory: of the run.
+    config: resolved settings, see `build.resolve`.
+    directory: of the run; if it holds a run, the one to go on with.
 
   Returns:
     The summary, as written to `summary.json`.
@@ -114,9 +114,12 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
   task = build.build_task(config)
   model = build.build_model(config)
   method = build.build_method(config, model.loss_fn)
-  population = build.build_population(config, task.num_examples)
+  population = build.build_population(config, method, task.num_examples)
+  workdir_lib.claim(workdir, config)
   started = time.monotonic()
-  with session.open_session(config, workdir, method, model.params) as live:
+  with session.open_session(
+    config, workdir, method, model.params, task.digest
+  ) as live:
     past = live.ledger['wall_s']
     wall_s = lambda: past + time.monotonic() - started
 
@@ -156,7 +159,7 @@ def main(argv):
     if _RESUME.value and not _WORKDIR.value:
       raise UsageError('--resume needs --workdir')
     config, given = asked_for()
-    config = workdir_lib.claim(
+    config = workdir_lib.choose(
       workdir_lib.Workdir(directory), config, given, _RESUME.value
     )
     signal.signal(signal.SIGTERM, signal.default_int_handler)

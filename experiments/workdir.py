@@ -34,54 +34,52 @@ def write_json(path: pathlib.Path, value: Any) -> None:
   os.replace(temporary, path)
 
 
-def read_config(workdir: Workdir) -> Config | None:
-  """The config of the run in a directory; None if there is no run.
-
-  Raises:
-    UsageError: if the file is damaged.
-  """
-  if not workdir.config.exists():
-    return None
-  try:
-    return from_mapping(json.loads(workdir.config.read_text()))
-  except (ValueError, UsageError) as error:
-    raise UsageError(f'{workdir.config}: {error}') from error
-
-
-def claim(
-  workdir: Workdir, config: Config, given: set[str], resume: bool
+def choose(
+  workdir: Workdir, asked: Config, given: set[str], resume: bool
 ) -> Config:
-  """Makes the directory this run's own.
+  """The settings to run with; writes nothing.
 
   Args:
-    workdir: the directory; is made if it does not exist.
-    config: the settings asked for, resolved.
+    workdir: the run's directory.
+    asked: the settings of the command line, resolved.
     given: names of the settings that the user gave.
     resume: whether to go on with the run that is there.
 
   Returns:
-    The settings of the run: those found when resuming.
+    The settings asked for, or those of the run that is there.
 
   Raises:
-    UsageError: if the directory belongs to another run.
+    UsageError: if there is a run and `resume` is not set, or none and it is, or
+      if a given setting is not that of the run.
   """
-  found = read_config(workdir)
-  if found is None:
-    if workdir.path.is_dir() and workdir.log.exists():
-      raise UsageError(f'{workdir.path}: a log without config.json')
-    workdir.path.mkdir(parents=True, exist_ok=True)
-    write_json(workdir.config, dataclasses.asdict(config))
-    return config
   if not resume:
+    if workdir.config.exists():
+      raise UsageError(
+        f'{workdir.path} already holds a run: add --resume to go on with it, or'
+        ' choose another --workdir'
+      )
+    return asked
+  if not workdir.config.exists():
     raise UsageError(
-      f'{workdir.path} already holds a run: add --resume to go on with it, or'
-      ' choose another --workdir'
+      f'{workdir.path}: no run to go on with (no config.json); start it without'
+      ' --resume'
     )
+  try:
+    found = from_mapping(json.loads(workdir.config.read_text()))
+  except (ValueError, UsageError) as error:
+    raise UsageError(f'{workdir.config}: {error}') from error
   for name in sorted(given):
-    there, here = getattr(found, name), getattr(config, name)
+    there, here = getattr(found, name), getattr(asked, name)
     if there != here:
       raise UsageError(
         f'{workdir.path} holds another run: its {name} is {there!r}, not'
         f' {here!r}; resume without --{name} or choose another --workdir'
       )
   return found
+
+
+def claim(workdir: Workdir, config: Config) -> None:
+  """Makes the directory this run's own, once its settings are known to work."""
+  if not workdir.config.exists():
+    workdir.path.mkdir(parents=True, exist_ok=True)
+    write_json(workdir.config, dataclasses.asdict(config))

@@ -1,20 +1,24 @@
 """Checkpoints: the base once, then sparse snapshots, caches of the log.
 
 A snapshot after round r holds the public state, private client states and the
-ledger. It is usable if it can be read, if its digest is that of its own state,
+ledger. It is usable if it can be read, if it has the digest that it records,
 and if the log's chain had the recorded digest after round r. Anything else is
 skipped: the log alone is the truth.
 """
 
+import os
 import pathlib
+import shutil
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
 from jaxfl import digest as digest_lib
+from jaxfl import keys
 from jaxfl import log as log_lib
 from jaxfl import typing as jt
 
@@ -52,7 +56,7 @@ class Snapshots:
           {
             'format': _FORMAT,
             'round': snapshot.round,
-            'digest': digest_lib.digest(snapshot.state),
+            'digest': digest_lib.digest([snapshot.state, snapshot.local]),
             'log': log.digest_at(snapshot.round),
             'ledger': snapshot.ledger,
           }
@@ -94,9 +98,9 @@ class Snapshots:
     if step > log.num_rounds or meta['log'] != log.digest_at(step):
       raise ValueError('it does not belong to this log')
     found = _untree(state, restored['state'])
-    if digest_lib.digest(found) != meta['digest']:
-      raise ValueError('its state does not have the recorded digest')
     writable = jax.tree.map(np.array, _untree(local, restored['local']))
+    if digest_lib.digest([found, writable]) != meta['digest']:
+      raise ValueError('its contents do not have the recorded digest')
     return Snapshot(step, found, writable, meta['ledger'])
 
   def close(self) -> None:
@@ -106,30 +110,61 @@ class Snapshots:
 
 
 def save_base(directory: str | pathlib.Path, params: jt.Params) -> None:
-  """Writes the parameters that a run starts from."""
+  """Writes the parameters that a run starts from; they are on disk after it.
+
+  What a crash has left of an earlier attempt is removed.
+  """
+  path = pathlib.Path(directory).absolute()
+  for remains in path.parent.glob(f'{path.name}*'):
+    shutil.rmtree(remains)
   with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(pathlib.Path(directory).absolute(), _tree(params))
+    checkpointer.save(path, _by_path(params))
+  for entry in [*path.rglob('*'), path, path.parent]:
+    handle = os.open(entry, os.O_RDONLY)
+    try:
+      os.fsync(handle)
+    finally:
+      os.close(handle)
 
 
 def load_base(
-  directory: str | pathlib.Path, like: jt.Params, digest: str
-) -> jt.Params:
+  directory: str | pathlib.Path, spec: list, digest: str
+) -> dict[str, Any]:
   """Reads the base and compares it with the digest that the log names.
 
+  Args:
+    directory: that `save_base` wrote.
+    spec: `[path, dtype, shape]` of every parameter, from the log's header.
+    digest: of the base, from the log's header.
+
+  Returns:
+    The parameters by path, `{'layers/w': float32[...]}`: they have the same
+    directions and the same digest as the tree that was saved.
+
   Raises:
-    ValueError: if it is missing or is another base.
+    ValueError: if it is missing, damaged, or another base.
   """
   path = pathlib.Path(directory).absolute()
-  if not path.exists():
-    raise ValueError(f'{path}: no base checkpoint there')
-  with ocp.StandardCheckpointer() as checkpointer:
-    found = checkpointer.restore(path, _tree(like))
-  params = _untree(like, found)
+  shapes = {
+    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    for name, dtype, shape in spec
+  }
+  try:
+    with ocp.StandardCheckpointer() as checkpointer:
+      found = checkpointer.restore(path, _by_path(shapes))
+  except Exception as error:
+    raise ValueError(f'{path}: no usable base checkpoint: {error}') from error
+  params = _untree(shapes, found)
   if (got := digest_lib.digest(params)) != digest:
     raise ValueError(
       f'{path}: digest {got[:12]}, but the log starts from {digest[:12]}'
     )
   return params
+
+
+def _by_path(params) -> dict[str, Any]:
+  """`_tree` of the leaves in the order of their paths."""
+  return _tree(dict(sorted(keys.named_leaves(params))))
 
 
 def _tree(tree) -> dict[str, Any]:

@@ -18,7 +18,8 @@ import numpy as np
 from jaxfl import keys
 from jaxfl import typing as jt
 
-_MAX_UNITS = 2.0**29  # clip of one coefficient; far outside the range of 2**24
+# clip of one coefficient, the largest float32 in int32: two of them overflow
+_MAX_UNITS = 2147483520.0
 
 
 def exponents(params: jt.Params, *, headroom: int = 2) -> jt.Params:
@@ -33,10 +34,16 @@ def exponents(params: jt.Params, *, headroom: int = 2) -> jt.Params:
     Pytree of int32[].
 
   Raises:
+    TypeError: if a tensor is not of a floating type; names the tensor.
     ValueError: if a tensor has non-finite entries; names the tensor.
   """
 
   def exponent(path: str, x) -> np.int32:
+    if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
+      raise TypeError(
+        f'parameter {path!r} must be of a floating type, got'
+        f' {jnp.asarray(x).dtype}'
+      )
     x = np.asarray(x, np.float32)
     if not np.isfinite(x).all():
       raise ValueError(f'parameter {path!r} has entries that are not finite')
@@ -56,12 +63,34 @@ def power_of_two(e: jt.Array) -> jax.Array:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
+def positive_zero(x: jax.Array) -> jax.Array:
+  """x with 0.0 for -0.0; adding 0.0 would do, but compilers remove it."""
+  return jnp.where(x == 0, jnp.zeros_like(x), x)
+
+
+def shrink(x: jax.Array, factor: jt.Array) -> jax.Array:
+  """`x * factor`, rounded once on every device, without -0.0.
+
+  The product's sign is set by its bits, so that no compiler can contract the
+  product and a following sum into one operation.
+
+  Args:
+    x: float32[...].
+    factor: float32[], not negative.
+  """
+  as_bits = lambda v: jax.lax.bitcast_convert_type(v, jnp.uint32)
+  factor = jnp.asarray(factor)
+  sign = as_bits(x) & np.uint32(0x80000000)
+  bits = as_bits(jnp.abs(x) * factor) | sign
+  return positive_zero(jax.lax.bitcast_convert_type(bits, jnp.float32))
+
+
 def snap(params: jt.Params, exponents: jt.Params) -> jt.Params:
   """Rounds every tensor to its grid; returns float32 tensors, without -0.0."""
 
   def leaf(x, e):
-    x = jnp.asarray(x, jnp.float32)
-    return jnp.rint(x * power_of_two(e)) * power_of_two(-e) + 0.0
+    units = jnp.rint(jnp.asarray(x, jnp.float32) * power_of_two(e))
+    return positive_zero(units * power_of_two(-e))
 
   return jax.tree.map(leaf, params, exponents)
 
@@ -86,7 +115,9 @@ def to_units(
     directions: uint32[N, 2], the coefficients' directions; they key the dither.
 
   Returns:
-    Pytree of int32[N] with expectation coefficient * 2**e.
+    Pytree of int32[N] with expectation coefficient * 2**e, to 2**-24 of a unit.
+    Coefficients beyond int32 become so large that `perturb.replay_int` reports
+    an overflow.
   """
   paths = [path for path, _ in keys.named_leaves(exponents)]
   tensor_ids = np.array([keys.tensor_id(p) for p in paths], np.uint32)
@@ -99,7 +130,7 @@ def to_units(
     x = coefficients * power_of_two(e)
     x = jnp.clip(x, -_MAX_UNITS, _MAX_UNITS)
     whole = jnp.floor(x)
-    up = (u < x - whole).astype(jnp.int32)  # the difference is exact
+    up = (u < x - whole).astype(jnp.int32)
     return whole.astype(jnp.int32) + up
 
   return treedef.unflatten([leaf(e, dither[i]) for i, e in enumerate(leaves)])

@@ -125,16 +125,20 @@ def named_leaves(tree) -> list[tuple[str, jax.Array]]:
   """The leaves of a pytree with their paths, in the order of `jax.tree.leaves`.
 
   Raises:
-    ValueError: if two leaves have the same path text, because they would share
-      their randomness.
+    ValueError: if two leaves have the same path text or tensor id, because they
+      would share their randomness.
   """
   leaves = [
     (path_str(path), leaf)
     for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
   ]
-  seen: set[str] = set()
+  seen: dict[int, str] = {}
   for path, _ in leaves:
-    if path in seen:
-      raise ValueError(f'two parameters have the same path {path!r}')
-    seen.add(path)
+    if (other := seen.get(tensor_id(path))) is not None:
+      raise ValueError(
+        f'two parameters have the same path {path!r}'
+        if other == path
+        else f'{other!r} and {path!r} have the same tensor id: rename one'
+      )
+    seen[tensor_id(path)] = path
   return leaves

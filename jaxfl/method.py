@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxfl import grid
 from jaxfl import typing as jt
 
 
@@ -69,7 +70,7 @@ def fractions(weights: jax.Array) -> jax.Array:
   """`weights / sum(weights)`, the same bits on every device.
 
   Division is not correctly rounded everywhere, so that the quotient is found by
-  long division in integers, rounded down to a multiple of 2**-24.
+  long division in integers: 24 significant bits, rounded down.
 
   Args:
     weights: float32[...], whole numbers; their sum is below 2**31.
@@ -77,17 +78,30 @@ def fractions(weights: jax.Array) -> jax.Array:
   Returns:
     float32[...]; zeros if all weights are zero.
   """
-  remainder = weights.astype(jnp.uint32)
-  total = jnp.sum(remainder)
-  quotient = jnp.where(remainder == total, jnp.uint32(1), jnp.uint32(0))
-  remainder = jnp.where(remainder == total, jnp.uint32(0), remainder)
-  for _ in range(24):
-    remainder = remainder << 1
-    fits = (remainder >= total).astype(jnp.uint32)
-    remainder = remainder - fits * total
-    quotient = (quotient << 1) | fits
-  scale = jnp.where(total > 0, jnp.float32(2.0**-24), jnp.float32(0.0))
-  return quotient.astype(jnp.float32) * scale
+  weights = weights.astype(jnp.uint32)
+  total = jnp.sum(weights)
+
+  def divide(_, carry):
+    remainder, quotient, exponent = carry
+    more = (weights > 0) & (quotient < 2**23)  # 24 bits are not yet there
+    doubled = remainder << 1
+    fits = (doubled >= total).astype(jnp.uint32)
+    return (
+      jnp.where(more, doubled - fits * total, remainder),
+      jnp.where(more, (quotient << 1) | fits, quotient),
+      jnp.where(more, exponent - 1, exponent),
+    )
+
+  whole = weights == total
+  start = (
+    jnp.where(whole, jnp.uint32(0), weights),
+    whole.astype(jnp.uint32),
+    jnp.zeros(weights.shape, jnp.int32),
+  )
+  # at most 30 leading zeros and 24 bits
+  _, quotient, exponent = jax.lax.fori_loop(0, 54, divide, start)
+  quotient = jnp.where(weights > 0, quotient, jnp.uint32(0))
+  return quotient.astype(jnp.float32) * grid.power_of_two(exponent)
 
 
 def weighted_mean(
@@ -95,8 +109,9 @@ def weighted_mean(
 ) -> tuple[jt.Message, jax.Array]:
   """Mean of float messages by weight; a message that is not finite is left out.
 
-  Contributions are added in the order of party ids, whatever order they came
-  in. Float sums: equal bits for the same compiled program, not across devices.
+  Contributions are added one by one in the order of party ids, whatever order
+  they came in. Float sums: equal bits for the same compiled program, not across
+  devices.
 
   Args:
     messages: pytree of floating-point arrays with leading axis C.
@@ -112,14 +127,14 @@ def weighted_mean(
       for m in jax.tree.leaves(messages)
     ]
   ).all(0)
-  part = fractions(finite * jnp.asarray(cohort.weight))[order]
+  part = fractions(finite * jnp.asarray(cohort.weight))
 
-  def mean(m):
-    m = m[order]
-    present = part.reshape((-1,) + (1,) * (m.ndim - 1)) > 0
-    return jnp.tensordot(part.astype(m.dtype), jnp.where(present, m, 0), axes=1)
+  def add(total, i):
+    scaled = lambda m: part[i].astype(m.dtype) * jnp.where(part[i] > 0, m[i], 0)
+    return jax.tree.map(lambda t, m: t + scaled(m), total, messages), None
 
-  return jax.tree.map(mean, messages), jnp.any(part > 0)
+  zeros = jax.tree.map(lambda m: jnp.zeros_like(m[0]), messages)
+  return jax.lax.scan(add, zeros, order)[0], jnp.any(part > 0)
 
 
 def all_messages(state: Any, messages: jt.Message, cohort: Party) -> jt.Message:

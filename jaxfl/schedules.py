@@ -71,7 +71,7 @@ def table(
 
   Raises:
     ValueError: if `value` is a function and `num_rounds` is None, or if an
-      entry is negative or not finite.
+      entry is negative, or far from the range of float32.
   """
   if callable(value):
     if num_rounds is None:
@@ -80,8 +80,10 @@ def table(
   else:
     values = [float(value)]
   for r, v in enumerate(values):
-    if not (math.isfinite(v) and v >= 0):
-      raise ValueError(f'{field} must be finite and >= 0, got {v} (round {r})')
+    if not (v == 0 or 2.0**-100 <= v <= 2.0**100):
+      raise ValueError(
+        f'{field} must be 0 or in [2**-100, 2**100], got {v} (round {r})'
+      )
   return np.array([codecs.round_significant(v) for v in values], np.float32)
 
 

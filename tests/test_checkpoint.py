@@ -82,9 +82,30 @@ def test_base_round_trip_and_wrong_bases(tmp_path):
   params = table.params()
   right = digest.digest(params)
   checkpoint.save_base(tmp_path / 'base', params)
-  found = checkpoint.load_base(tmp_path / 'base', params, right)
+  spec = wire.describe(params)
+  found = checkpoint.load_base(tmp_path / 'base', spec, right)
   assert digest.digest(found) == right
   with pytest.raises(ValueError, match='the log starts from 000000000000'):
-    checkpoint.load_base(tmp_path / 'base', params, '0' * 64)
-  with pytest.raises(ValueError, match='no base checkpoint'):
-    checkpoint.load_base(tmp_path / 'nowhere', params, right)
+    checkpoint.load_base(tmp_path / 'base', spec, '0' * 64)
+  with pytest.raises(ValueError, match='no usable base checkpoint'):
+    checkpoint.load_base(tmp_path / 'nowhere', spec, right)
+  (tmp_path / 'empty').mkdir()
+  with pytest.raises(ValueError, match='no usable base checkpoint'):
+    checkpoint.load_base(tmp_path / 'empty', spec, right)
+
+
+def test_base_of_any_tree_comes_back_by_path(tmp_path):
+  """Lists of more than ten, and paths that sort between others."""
+  params = {
+    'l': [np.full(2, i, np.float32) for i in range(12)],
+    'l-1': np.ones(1, np.float32),
+    'm': {'b': jnp.ones(2, jnp.bfloat16)},
+  }
+  checkpoint.save_base(tmp_path / 'base', params)
+  (tmp_path / 'base.orbax-checkpoint-tmp-9').mkdir()  # of a crash
+  checkpoint.save_base(tmp_path / 'base', params)
+  found = checkpoint.load_base(
+    tmp_path / 'base', wire.describe(params), digest.digest(params)
+  )
+  np.testing.assert_array_equal(found['l/10'], params['l'][10])
+  assert [p.name for p in tmp_path.iterdir()] == ['base']

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -113,11 +114,13 @@ def test_killed_at_any_instant_a_run_goes_on_to_the_same_digest(
   kills = 0
   command = [
     sys.executable, '-m', 'experiments.train', f'--workdir={workdir}',
-    *SMALL, '--resume',
   ]  # fmt: skip
   while kills < 6:
+    # settings are given once; after that the directory knows them
+    claimed = (workdir / 'config.json').exists()
+    more = ['--resume'] if claimed else SMALL
     process = subprocess.Popen(
-      command, cwd=ROOT, env=environment,
+      [*command, *more], cwd=ROOT, env=environment,
       stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     # start-up takes seconds: aim at the rounds and snapshots behind it
@@ -176,8 +179,6 @@ def test_interrupt_says_how_to_resume(environment, tmp_path):
 def test_damaged_or_foreign_directories_are_refused(
   finished, environment, tmp_path
 ):
-  import shutil
-
   whole, _ = finished
   again = launch('train', f'--workdir={whole}', *SMALL, environment=environment)
   assert again.returncode == 1
@@ -188,6 +189,12 @@ def test_damaged_or_foreign_directories_are_refused(
   )  # fmt: skip
   assert other.returncode == 1
   assert 'its seed is 0, not 5' in other.stderr
+  typo = launch(
+    'train', f'--workdir={tmp_path / "typo"}', '--resume',
+    environment=environment,
+  )  # fmt: skip
+  assert typo.returncode == 1
+  assert 'no run to go on with' in typo.stderr
   damaged = tmp_path / 'damaged'
   shutil.copytree(whole, damaged)
   log = damaged / 'rounds.log'
@@ -205,8 +212,6 @@ def test_damaged_or_foreign_directories_are_refused(
 
 
 def test_broken_snapshots_are_skipped(finished, environment, tmp_path):
-  import shutil
-
   whole, _ = finished
   workdir = tmp_path / 'broken'
   shutil.copytree(whole, workdir)
@@ -223,6 +228,38 @@ def test_broken_snapshots_are_skipped(finished, environment, tmp_path):
     json.loads((d / 'summary.json').read_text()) for d in (whole, workdir)
   )
   assert there['digest'] == here['digest']
+
+
+def test_lost_metrics_are_made_anew(finished, environment, tmp_path):
+  whole, _ = finished
+  workdir = tmp_path / 'lost'
+  shutil.copytree(whole, workdir)
+  (workdir / 'metrics.jsonl').unlink()
+  done = launch(
+    'train', f'--workdir={workdir}', '--resume', environment=environment
+  )
+  assert done.returncode == 0, done.stderr
+  rows = [metrics.read(d / 'metrics.jsonl') for d in (whole, workdir)]
+  found = [[(r.round, r.metric, r.value, r.bytes_up) for r in x] for x in rows]
+  assert found[0] == found[1]
+
+
+def test_changed_data_are_refused(environment, tmp_path):
+  data, workdir = tmp_path / 'data', tmp_path / 'run'
+  for client in 'ab':
+    (data / client).mkdir(parents=True)
+    text = ''.join(f'line {i} of client {client}\n' for i in range(400))
+    (data / client / 'text').write_text(text)
+  args = [f'--workdir={workdir}', f'--dataset={data}', *SMALL]
+  args += ['--num_clients=2', '--num_rounds=3']
+  done = launch('train', *args, environment=environment)
+  assert done.returncode == 0, done.stderr
+  (data / 'a' / 'text').write_text('other text\n' * 800)
+  done = launch(
+    'train', f'--workdir={workdir}', '--resume', environment=environment
+  )
+  assert done.returncode == 1
+  assert 'differs in data_digest' in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -260,4 +297,5 @@ def test_mistakes_are_named_before_any_work(
   assert done.returncode != 0
   assert message in done.stderr + done.stdout
   assert 'Traceback' not in done.stderr
-  assert not (tmp_path / 'run' / 'rounds.log').exists()
+  # the directory is free for the corrected command
+  assert not (tmp_path / 'run').exists()

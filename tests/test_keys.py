@@ -70,5 +70,8 @@ def test_uniform_moments():
 def test_paths_are_unique_or_refused():
   tree = {'a': {'b': jnp.zeros(1)}, 'c': [jnp.zeros(2), jnp.zeros(3)]}
   assert [p for p, _ in keys.named_leaves(tree)] == ['a/b', 'c/0', 'c/1']
+  same_id = {'layers/52050/w': jnp.zeros(1), 'layers/64999/w': jnp.zeros(1)}
+  with pytest.raises(ValueError, match='have the same tensor id: rename one'):
+    keys.named_leaves(same_id)
   with pytest.raises(ValueError, match="same path 'a/b'"):
     keys.named_leaves({'a': {'b': jnp.zeros(1)}, 'a/b': jnp.zeros(1)})

@@ -47,5 +47,5 @@ def test_mistakes_are_named():
     schedules.make('linear', 1.0, 10, warmup_rounds=11)
   with pytest.raises(ValueError, match='lr is a schedule: num_rounds'):
     schedules.table(lambda r: 1.0, None, 'lr')
-  with pytest.raises(ValueError, match=r'lr must be finite .* \(round 2\)'):
+  with pytest.raises(ValueError, match=r'lr must be 0 or in .* \(round 2\)'):
     schedules.table(lambda r: 1.0 - r, 4, 'lr')

@@ -1,5 +1,6 @@
 """The simulator: populations, bounded memory, resuming, private states."""
 
+import itertools
 import subprocess
 import sys
 
@@ -29,6 +30,23 @@ def test_population_samples_without_replacement_and_repeatably():
     np.testing.assert_array_equal(again[1], answers)
     seen |= set(sampled.tolist())
   assert len(seen) == 50
+
+
+def test_rounds_are_independent():
+  """Answers and samples of one round tell nothing about the next."""
+  rounds, n = 2000, 8
+  population = simulate.Population(num_clients=n, dropout_rate=0.5)
+  answers = np.zeros((rounds, n))
+  for round in range(rounds):
+    answers[round, population.sample(round)[1]] = 1
+  answers -= answers.mean(0)
+  lagged = answers[:-1].T @ answers[1:] / rounds / 0.25
+  assert np.abs(lagged).max() < 5 / np.sqrt(rounds)
+  population = simulate.Population(num_clients=100, participation_rate=0.1)
+  cohorts = [set(population.sample(r)[0].tolist()) for r in range(rounds)]
+  overlap = [len(a & b) for a, b in itertools.pairwise(cohorts)]
+  variance = 10 * 0.1 * 0.9 * 90 / 99  # hypergeometric
+  assert abs(np.mean(overlap) - 1) < 4 * np.sqrt(variance / rounds)
 
 
 def test_share_that_answers():
@@ -62,6 +80,17 @@ def test_weights_too_large_to_divide_exactly_are_refused():
     num_rounds=1,
   )  # fmt: skip
   with pytest.raises(ValueError, match='may add up to 16777216'):
+    next(rounds)
+
+
+@pytest.mark.parametrize('case', ['spsa', 'spsa-one-sided', 'fed_avg'])
+def test_batches_without_the_leading_axis_are_refused(case):
+  method = table.CASES[case].build()
+  rounds = simulate.simulate(
+    method, method.init(table.params()), table.batch_fn(7),
+    simulate.Population(num_clients=2), num_rounds=1,
+  )  # fmt: skip
+  with pytest.raises(ValueError, match=r"client 0: 'noise' has shape \(7, 4\)"):
     next(rounds)
 
 

@@ -8,6 +8,7 @@ import pytest
 from jaxfl import digest, grid, keys, perturb
 from jaxfl import method as method_lib
 from jaxfl.methods import spsa
+from jaxfl.runtime import simulate
 from tests import methods_table as table
 
 ROOT = keys.root(11)
@@ -233,6 +234,37 @@ def test_overflow_is_reported_with_the_tensor():
   assert 'left the range of their grid in: v, w' in method.check(state)
 
 
+def test_huge_coefficients_that_cancel_are_reported():
+  slope = lambda p, b: 3e5 * p['w'] * b['x'][0]
+  method = spsa.spsa(slope, ROOT, learning_rate=1.0, mu=0.01, codec='float32')
+  state = method.init({'w': np.float32(0.5)})
+  for round in range(10):
+    after, _ = run_round(
+      method, state._replace(round=jnp.int32(round)), [0, 1],
+      {'x': np.ones((1, 1), np.float32)},
+    )  # fmt: skip
+    assert method.check(after) is not None
+
+
+@pytest.mark.parametrize('weights', spsa.WEIGHTS)
+@pytest.mark.parametrize('weight_decay', [0.0, 1e-3])
+def test_padding_changes_no_bit(weights, weight_decay):
+  """One message in one slot is inlined and fused; in four it is not."""
+  method = table.CASES['spsa'].build(
+    num_perturbations=1, weights=weights, weight_decay=weight_decay
+  )
+  rng = np.random.default_rng(0)
+  state = method.init({'w': rng.normal(size=(64, 50)).astype(np.float32)})
+  message = np.array([[77]], np.uint8)
+  ends = []
+  for slots in (1, 4):
+    padded = simulate.pad(message, np.array([3]), np.ones(1), 0, slots)
+    ends.append(jax.jit(method.server)(state, *padded).params)
+    with jax.disable_jit():
+      ends.append(method.server(state, *padded).params)
+  assert len({digest.digest(e) for e in ends}) == 1
+
+
 def test_updates_are_whole_units_of_the_grid():
   method = table.CASES['spsa-schedule-decay'].build()
   state = method.init(table.params())
@@ -268,7 +300,7 @@ def test_schedules_follow_the_round():
   [
     ({'mu': 0.0}, 'mu must be > 0'),
     ({'mu': lambda r: 1.0 - r, 'num_rounds': 2}, 'mu must be > 0'),
-    ({'learning_rate': -1.0}, 'learning_rate must be finite and >= 0'),
+    ({'learning_rate': -1.0}, 'learning_rate must be 0 or in'),
     ({'learning_rate': lambda r: 1.0}, 'num_rounds is needed'),
     ({'num_perturbations': 0}, 'num_perturbations must be >= 1'),
     ({'codec': 'gzip'}, 'codec must be one of'),

@@ -198,7 +198,8 @@ def _master(params, exponents, weights):
   """float32 master weights, without -0.0, whose sign an add of 0 may change."""
   if weights == 'grid':
     return grid.snap(params, exponents)
-  return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32) + 0.0, params)
+  to_master = lambda x: grid.positive_zero(jnp.asarray(x, jnp.float32))
+  return jax.tree.map(to_master, params)
 
 
 def _in_order(ids, directions, coefficients):
@@ -243,7 +244,7 @@ def _float_update(
   del root  # Unused: no dither.
   params = state.params
   if rate is not None:
-    params = jax.tree.map(lambda x: x * (1.0 - rate), params)
+    params = jax.tree.map(lambda x: grid.shrink(x, 1.0 - rate), params)
   params = perturb.replay(
     params,
     *_in_order(ids, directions, coefficients),

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from jaxfl import keys, wire
 from jaxfl import log as log_lib
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl import wire
 
 # round, client id -> pytree of arrays with leading axis `method.num_batches`
 BatchFn = Callable[[int, int], jt.Batch]
@@ -85,7 +85,9 @@ class Population:
     """
     # the second word of the key is one that no client's batches use
     key = np.array([self.seed, 2**64 - 1], np.uint64)
-    rng = np.random.Generator(np.random.Philox(key=key, counter=round))
+    # rounds are 2**64 blocks apart, so that their numbers never overlap
+    bits = np.random.Philox(key=key, counter=int(round) << 64)
+    rng = np.random.Generator(bits)
     sampled = rng.choice(self.num_clients, self.num_slots, replace=False)
     sampled = np.sort(sampled).astype(np.int32)
     answers = rng.random(self.num_slots) >= self.dropout_rate
@@ -181,9 +183,14 @@ def simulate(
   Raises:
     FloatingPointError: when `method.check` reports an error.
     ValueError: if the weights of a cohort may add up to more than the method
-      can divide exactly.
+      can divide exactly, or a client's batches lack the leading axis.
   """
-  _check_weights(method, population)
+  check_weights(method, population)
+  if block_size < 1:
+    raise ValueError(f'block_size must be >= 1, got {block_size}')
+  checked = lambda round, client: _check_batches(
+    method, batch_fn(round, client), client
+  )
   programs = programs or compile_method(method)
   like = method.message(state.params)
   if local is None:
@@ -197,7 +204,7 @@ def simulate(
       ids = record.ids
     if record is None or stateful:
       messages, local, loss = _run_clients(
-        programs, state, local, batch_fn, population, round, ids, block_size
+        programs, state, local, checked, population, round, ids, block_size
       )
     else:
       messages, loss = record.messages, None
@@ -229,7 +236,19 @@ def simulate(
     )
 
 
-def _check_weights(method, population):
+def _check_batches(method, batches, client):
+  """Batches with the leading axis that the method asks for."""
+  for path, x in keys.named_leaves(batches):
+    if np.shape(x)[:1] != (method.num_batches,):
+      raise ValueError(
+        f'batches of client {client}: {path!r} has shape {np.shape(x)}; the'
+        f' method needs a leading axis of {method.num_batches} minibatches'
+      )
+  return batches
+
+
+def check_weights(method: method_lib.Method, population: Population) -> None:
+  """Raises ValueError if a cohort may weigh more than the method can divide."""
   weights = population.weights or (1,) * population.num_clients
   total = sum(sorted(weights)[-population.num_slots :])
   if total > method.weight_limit:
