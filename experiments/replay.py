@@ -60,7 +60,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           f' implements {keys.SPEC!r}'
         )
       settings = dict(header.config)
-      settings.pop('data_digest')
+      settings.pop('data_digest', None)
       config = from_mapping(settings)
       base = checkpoint.load_base(
         workdir.base, header.params, header.base_digest
