@@ -1,6 +1,6 @@
 """Measures the hot loop on one CPU core, beside a bare add and the usual loops.
 
-    python -m experiments.benchmark_perturb --out=/tmp/perturb.json
+    python -m experiments.benchmark_perturb --out=perturb.json
 
 Takes about a minute on an idle core. Each row is one operation on one set of
 tensors, in billions (G) of entries per second; an operation over 64 directions
@@ -150,7 +150,7 @@ def time_jax(function, params, args, repeats: int) -> Times:
 def time_torch(params, repeats: int) -> Times | None:
   """Times the peers' loop; None without torch."""
   try:
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
   except ImportError:
     return None
   torch.set_num_threads(1)

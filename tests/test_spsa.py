@@ -223,15 +223,19 @@ def test_bf16_forward_comes_from_the_float32_master():
   assert float(jnp.max(jnp.abs(state.params['w'] - 1))) > 0
 
 
-def test_overflow_is_reported_with_the_tensor():
+@pytest.mark.parametrize(
+  ('weights', 'learning_rate'), [('grid', 50.0), ('float32', 2.0**100)]
+)
+def test_overflow_is_reported_with_the_tensor(weights, learning_rate):
   method = spsa.spsa(
-    linear(np.ones(3, np.float32)), ROOT, learning_rate=50.0, mu=0.01
-  )
+    linear(np.full(3, 1e3, np.float32)), ROOT, weights=weights, mu=0.01,
+    learning_rate=learning_rate, codec='float32',
+  )  # fmt: skip
   state = method.init({'v': np.zeros(2, np.float32), 'w': np.ones(3, 'f')})
   assert method.check(state) is None
   for _ in range(3):
     state, _ = run_round(method, state, [0])
-  assert 'left the range of their grid in: v, w' in method.check(state)
+  assert 'weights left their range in: v, w' in method.check(state)
 
 
 def test_huge_coefficients_that_cancel_are_reported():

@@ -42,7 +42,7 @@ class SPSAState(NamedTuple):
 
   params: Any  # pytree of float32, the master weights
   exponents: Any  # pytree of int32[], the grid; unused by float32 weights
-  overflow: Any  # pytree of bool[]: a weight has left the grid's range
+  overflow: Any  # pytree of bool[]: a weight has left the range of its tensor
   round: jax.Array  # int32[]
 
 
@@ -173,8 +173,7 @@ def spsa(
     if not names:
       return None
     return (
-      f'weights left the range of their grid in: {", ".join(names)}; lower'
-      ' the learning rate or use weights=float32'
+      f'weights left their range in: {", ".join(names)}; lower the learning rate'
     )
 
   return method_lib.Method(
@@ -250,7 +249,9 @@ def _float_update(
     *_in_order(ids, directions, coefficients),
     distribution=distribution,
   )
-  return params, state.overflow
+  finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
+  overflow = jax.tree.map(lambda old, f: old | ~f, state.overflow, finite)
+  return params, overflow
 
 
 def _one_of(field, value, choices):
