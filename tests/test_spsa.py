@@ -228,7 +228,7 @@ def test_bf16_forward_comes_from_the_float32_master():
 )
 def test_overflow_is_reported_with_the_tensor(weights, learning_rate):
   method = spsa.spsa(
-    linear(np.full(3, 1e3, np.float32)), ROOT, weights=weights, mu=0.01,
+    linear(np.full(3, 1e10, np.float32)), ROOT, weights=weights, mu=0.01,
     learning_rate=learning_rate, codec='float32',
   )  # fmt: skip
   state = method.init({'v': np.zeros(2, np.float32), 'w': np.ones(3, 'f')})
