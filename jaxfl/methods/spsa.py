@@ -172,9 +172,8 @@ def spsa(
     names = [path for path, flag in keys.named_leaves(flags) if flag]
     if not names:
       return None
-    return (
-      f'weights left their range in: {", ".join(names)}; lower the learning rate'
-    )
+    where = ', '.join(names)
+    return f'weights left their range in: {where}; lower the learning rate'
 
   return method_lib.Method(
     init=init,
