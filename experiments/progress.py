@@ -1,12 +1,53 @@
 """A progress bar on terminals, a line now and then elsewhere."""
 
 import contextlib
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 
 from rich import progress as rich_progress
 from rich.console import Console
+
+
+class Stop:
+  """Whether the user asked to stop.
+
+  Attributes:
+    asked: set by the first SIGINT (Ctrl-C) or SIGTERM.
+  """
+
+  def __init__(self):
+    self.asked = False
+
+  def handle(self, signum, frame):
+    """The second signal interrupts at once."""
+    del frame  # Unused.
+    if self.asked:
+      raise KeyboardInterrupt
+    self.asked = True
+    print(
+      f'\n{signal.Signals(signum).name}: stopping after this round; once more'
+      ' stops now',
+      file=sys.stderr,
+    )
+
+
+@contextlib.contextmanager
+def stop_on_signals() -> Iterator[Stop]:
+  """Turns the first SIGINT or SIGTERM into a request.
+
+  An interrupt at a bad instant (in a callback or a destructor) may get lost;
+  a request does not.
+  """
+  stop = Stop()
+  signals = (signal.SIGINT, signal.SIGTERM)
+  before = [signal.signal(s, stop.handle) for s in signals]
+  try:
+    yield stop
+  finally:
+    for s, handler in zip(signals, before, strict=True):
+      signal.signal(s, handler)
 
 
 @contextlib.contextmanager

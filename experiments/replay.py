@@ -10,10 +10,16 @@ import json
 import pathlib
 import sys
 
+import numpy as np
 from absl import app, flags, logging
+from safetensors.numpy import save_file
 
+from experiments import build, progress
 from experiments import workdir as workdir_lib
 from experiments.config import UsageError, from_mapping
+from jaxfl import checkpoint, digest, keys, metrics
+from jaxfl import log as log_lib
+from jaxfl.runtime import replay, simulate
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
 _UNTIL = flags.DEFINE_integer(
@@ -43,11 +49,6 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
     UsageError: if there is no run, its log or base is damaged, or the log has
       fewer rounds.
   """
-  from experiments import build, progress
-  from jaxfl import checkpoint, keys
-  from jaxfl import log as log_lib
-  from jaxfl.runtime import replay, simulate
-
   workdir = workdir_lib.Workdir(directory)
   if not workdir.log.exists():
     raise UsageError(f'{workdir.path}: no run there (rounds.log is missing)')
@@ -105,11 +106,6 @@ def main(argv):
 
 def print_result(params, rounds, workdir):
   """Prints the digest beside the live run's, and writes the weights."""
-  import numpy as np
-  from safetensors.numpy import save_file
-
-  from jaxfl import digest, keys
-
   found = digest.digest(params)
   print(f'rebuilt {rounds} rounds from {workdir.log}')
   print(f'digest {found}')
@@ -128,8 +124,6 @@ def print_result(params, rounds, workdir):
 
 def live_digest(workdir, rounds: int) -> str | None:
   """The digest that the run itself recorded after so many rounds."""
-  from jaxfl import metrics
-
   if workdir.summary.exists():
     summary = json.loads(workdir.summary.read_text())
     if summary['rounds'] == rounds:

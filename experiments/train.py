@@ -10,7 +10,6 @@ import contextlib
 import datetime
 import math
 import pathlib
-import signal
 import sys
 import time
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import progress, report
+from experiments import build, progress, report, session
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError, from_mapping
 
@@ -80,8 +79,6 @@ def asked_for() -> tuple[Config, set[str]]:
   Raises:
     UsageError: naming the setting that is wrong.
   """
-  from experiments import build
-
   with _config_errors():
     values = _CONFIG.value.to_dict()
   given = set(config_flags.get_override_values(flags.FLAGS['config']))
@@ -107,9 +104,6 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
   Raises:
     UsageError: if settings and directory, log or base do not fit.
   """
-  # JAX is imported late: mistakes are reported before it has started.
-  from experiments import build, session
-
   workdir = workdir_lib.Workdir(directory)
   task = build.build_task(config)
   model = build.build_model(config)
@@ -128,7 +122,10 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
 
     if live.round == 0:
       live.record(task.name, evaluate(live.state), wall_s())
-    with progress.bar(config.num_rounds, live.round) as advance:
+    with (
+      progress.stop_on_signals() as stop,
+      progress.bar(config.num_rounds, live.round) as advance,
+    ):
       shown = {}
       for done in live.rounds(task, population):
         last = done.round == config.num_rounds
@@ -136,7 +133,7 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
         if last or done.round % config.eval_every == 0:
           values = evaluate(done.state)
           live.record(task.name, values, wall_s())
-        if last or done.round % config.snapshot_every == 0:
+        if last or stop.asked or done.round % config.snapshot_every == 0:
           live.snapshot(wall_s())
         if done.loss is not None:
           shown['loss'] = done.loss
@@ -147,6 +144,8 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
         advance(
           done.round, f'{text}up {report.amount(live.ledger["bytes_up"])}'
         )
+        if stop.asked and not last:
+          raise KeyboardInterrupt
     return live.finish(task.name)
 
 
@@ -162,15 +161,15 @@ def main(argv):
     config = workdir_lib.choose(
       workdir_lib.Workdir(directory), config, given, _RESUME.value
     )
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     summary = run(config, directory)
   except (UsageError, FloatingPointError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
-    print(
-      f'\nStopped; every finished round is in the log. To go on:\n'
-      f'  python -m experiments.train --workdir={directory} --resume'
-    )
+    if workdir_lib.Workdir(directory).config.exists():
+      print(
+        '\nStopped; every finished round is in the log. To go on:\n'
+        f'  python -m experiments.train --workdir={directory} --resume'
+      )
     sys.exit(130)
   report.show(summary)
   print(

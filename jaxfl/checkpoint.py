@@ -115,8 +115,8 @@ def save_base(directory: str | pathlib.Path, params: jt.Params) -> None:
   What a crash has left of an earlier attempt is removed.
   """
   path = pathlib.Path(directory).absolute()
-  for remains in path.parent.glob(f'{path.name}*'):
-    shutil.rmtree(remains)
+  for remains in [path, *path.parent.glob(f'{path.name}.orbax-*')]:
+    shutil.rmtree(remains, ignore_errors=True)
   with ocp.StandardCheckpointer() as checkpointer:
     checkpointer.save(path, _by_path(params))
   for entry in [*path.rglob('*'), path, path.parent]:

@@ -92,8 +92,16 @@ def fold(key: jt.Array, *data) -> jax.Array:
 
 
 def tensor_id(path: str) -> int:
-  """The first four bytes of sha256 of a parameter's path, big-endian."""
-  return int.from_bytes(hashlib.sha256(path.encode()).digest()[:4], 'big')
+  """The first four bytes of sha256 of a parameter's path, big-endian.
+
+  Raises:
+    ValueError: if UTF-8 can't encode the path.
+  """
+  try:
+    data = path.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(f'path {path!r} is not text') from error
+  return int.from_bytes(hashlib.sha256(data).digest()[:4], 'big')
 
 
 def leaf_key(direction: jt.Array, path: str) -> jax.Array:

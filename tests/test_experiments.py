@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from jaxfl import metrics
 from jaxfl.digest import digest
+from jaxfl.log import RoundLog
 
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
@@ -157,23 +158,34 @@ def test_killed_at_any_instant_a_run_goes_on_to_the_same_digest(
   assert values[0] == values[1]
 
 
-def test_interrupt_says_how_to_resume(environment, tmp_path):
+@pytest.mark.parametrize('which', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_after_the_round_and_says_how_to_go_on(
+  which, environment, tmp_path
+):
   workdir = tmp_path / 'stopped'
-  process = subprocess.Popen(
+  with subprocess.Popen(
     [
       sys.executable, '-m', 'experiments.train', f'--workdir={workdir}',
       *SMALL, '--num_rounds=100000',
     ],
     cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
-  )  # fmt: skip
-  log = workdir / 'rounds.log'
-  while not log.exists() or log.stat().st_size < 1500:
-    assert process.poll() is None
-    time.sleep(0.05)
-  process.send_signal(signal.SIGINT)
-  out, _ = process.communicate(timeout=120)
+    stderr=subprocess.DEVNULL,
+  ) as process:  # fmt: skip
+    try:
+      log = workdir / 'rounds.log'
+      while not log.exists() or log.stat().st_size < 1500:
+        assert process.poll() is None
+        time.sleep(0.05)
+      process.send_signal(which)
+      out, _ = process.communicate(timeout=60)
+    finally:
+      process.kill()
   assert process.returncode == 130
   assert f'python -m experiments.train --workdir={workdir} --resume' in out
+  with RoundLog.open(log) as rounds:
+    # stopped between rounds, with a snapshot of the last one
+    assert rounds.torn_bytes == 0
+    assert (workdir / 'snapshots' / str(rounds.num_rounds)).is_dir()
 
 
 def test_damaged_or_foreign_directories_are_refused(
