@@ -10,7 +10,6 @@ Array = jax.Array | np.ndarray | np.generic
 Params = Any  # a pytree of floating-point arrays
 Batch = Any  # a pytree of arrays; the leading axis counts examples
 Message = Any  # a pytree of fixed-width arrays: all that leaves a client
-State = Any  # a pytree of arrays: what every replica holds
 Metrics = Mapping[str, jax.Array]
 LossFn = Callable[[Params, Batch], jax.Array]  # -> float[]
 Schedule = Callable[[int], float]  # round -> value

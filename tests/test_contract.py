@@ -101,6 +101,34 @@ def test_replay_equals_live(name, tmp_path):
     assert digest.digest(done.state) == digest.digest(state)
 
 
+@pytest.mark.parametrize(
+  'name', ['spsa-schedule-decay', 'spsa-sign1', 'spsa-float32-codec', 'fed_opt']
+)
+def test_replay_equals_live_with_losses_that_are_not_finite(name, tmp_path):
+  """About half of the minibatches have no finite loss."""
+
+  def loss_fn(params, batch):
+    bad = np.float32(np.nan)
+    return table.loss_fn(params, batch) + jax.lax.select(
+      batch['noise'][0] > 0, bad, np.float32(0)
+    )
+
+  method = table.CASES[name].build(loss_fn)
+  path = tmp_path / 'rounds.log'
+  with log.RoundLog.create(path, header(method)) as live:
+    rounds = run(method, log=live)
+  assert not np.isfinite([r.loss for r in rounds if r.loss is not None]).all()
+  start = method.init(table.params())
+  with log.RoundLog.open(path, 'r') as read:
+    *_, (_, state) = replay.replay(
+      compiled(method).server, start, read, method.message(start.params),
+      num_slots=4,
+    )  # fmt: skip
+  assert digest.digest(rounds[-1].state) == digest.digest(state)
+  assert digest.digest(state.params) != digest.digest(start.params)
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
 @CASES
 def test_order_of_clients_does_not_matter(name):
   method = built(name)
