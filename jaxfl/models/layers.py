@@ -1,0 +1,204 @@
+"""The parts of a transformer: norms, attention, feed-forward, heads.
+
+Shapes as in `transformer`.
+"""
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jaxfl.models import rotary
+from jaxfl.models.config import ACTIVATIONS, Config
+
+
+class Norm(nn.Module):
+  """Layer or RMS norm in float32 over the last axis."""
+
+  config: Config
+  rms: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    c = self.config
+    plus_one = c.norm == 'rms_plus_one'
+    start = nn.initializers.zeros if plus_one else nn.initializers.ones
+    shape = (1,) * (x.ndim - 1) + (-1,)
+    scale = self.param('scale', start, x.shape[-1:]).reshape(shape)
+    y = x.astype(jnp.float32)
+    if c.norm == 'layer' and not self.rms:
+      bias = self.param('bias', nn.initializers.zeros, x.shape[-1:])
+      y = y - jnp.mean(y, axis=-1, keepdims=True)
+      y = y * jax.lax.rsqrt(
+        jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps
+      )
+      return (y * scale + bias.reshape(shape)).astype(x.dtype)
+    y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + c.norm_eps)
+    return (y * (1.0 + scale if plus_one else scale)).astype(x.dtype)
+
+
+def _dense(features, bias, name, x, scale=1.0):
+  """A linear layer in the dtype of `x`."""
+  return nn.Dense(
+    features,
+    use_bias=bias,
+    dtype=x.dtype,
+    kernel_init=nn.initializers.variance_scaling(scale, 'fan_in', 'normal'),
+    name=name,
+  )(x)
+
+
+class Attention(nn.Module):
+  """Grouped-query attention, with or without a cache of keys and values."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x, cache, slots, bias, cos_sin):
+    c = self.config
+    batch, length, _ = x.shape
+    split = lambda name, heads: _dense(
+      heads * c.head_dim, c.qkv_bias, name, x
+    ).reshape(batch, length, heads, c.head_dim)
+    q, k, v = (
+      split('q', c.num_heads),
+      split('k', c.num_kv_heads),
+      split('v', c.num_kv_heads),
+    )
+    if c.qk_norm:
+      q = Norm(c, rms=True, name='q_norm')(q)
+      k = Norm(c, rms=True, name='k_norm')(k)
+    if cos_sin is not None:
+      q, k = rotary.turn(q, *cos_sin), rotary.turn(k, *cos_sin)
+    if cache is not None:
+      rows = jnp.arange(batch)[:, None]
+      k = cache['k'].at[rows, slots].set(k)
+      v = cache['v'].at[rows, slots].set(v)
+      cache = {'k': k, 'v': v}
+    scale = c.head_dim**-0.5 if c.attention_scale is None else c.attention_scale
+    q = (q * scale).reshape(batch, length, c.num_kv_heads, -1, c.head_dim)
+    scores = jnp.einsum('bthgk,bshk->bhgts', q, k).astype(jnp.float32)
+    if c.attention_softcap:
+      scores = c.attention_softcap * jnp.tanh(scores / c.attention_softcap)
+    if bias is not None:
+      scores = scores + bias[:, None, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    y = jnp.einsum('bhgts,bshk->bthgk', weights, v)
+    y = y.reshape(batch, length, c.num_heads * c.head_dim)
+    return _dense(c.model_dim, c.out_bias, 'o', y, 0.5 / c.num_layers), cache
+
+
+class MLP(nn.Module):
+  """The feed-forward part."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x):
+    c = self.config
+    act = ACTIVATIONS[c.activation]
+    hidden = _dense(c.mlp_dim, c.mlp_bias, 'up', x)
+    if c.gated:
+      hidden = act(_dense(c.mlp_dim, c.mlp_bias, 'gate', x)) * hidden
+    else:
+      hidden = act(hidden)
+    return _dense(c.model_dim, c.mlp_bias, 'down', hidden, 0.5 / c.num_layers)
+
+
+class Block(nn.Module):
+  """Attention and feed-forward part with residuals; the body of the scan."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, x, per_layer, shared):
+    c = self.config
+    sliding, cache = per_layer
+    slots, biases, tables = shared
+    choose = lambda pair: jax.tree.map(
+      lambda *xs: xs[0] if len(xs) == 1 else jnp.where(sliding, xs[1], xs[0]),
+      *pair,
+    )
+    bias = choose(biases) if biases else None
+    cos_sin = choose(tables) if tables else None
+    attend = lambda y: Attention(c, name='attention')(
+      y, cache, slots, bias, cos_sin
+    )
+    mlp = MLP(c, name='mlp')
+    norm = lambda name: Norm(c, name=name)
+    if c.norm_place == 'post':
+      y, cache = attend(x)
+      x = norm('attention_norm')(x + y)
+      return norm('mlp_norm')(x + mlp(x)), cache
+    y, cache = attend(norm('attention_norm')(x))
+    if c.norm_place == 'both':
+      y = norm('attention_post_norm')(y)
+    x = x + y
+    y = mlp(norm('mlp_norm')(x))
+    if c.norm_place == 'both':
+      y = norm('mlp_post_norm')(y)
+    return x + y, cache
+
+
+class VocabularyHead(nn.Module):
+  """What comes between the hidden states and the logits of the vocabulary."""
+
+  config: Config
+
+  def setup(self):
+    c = self.config
+    if c.embed_dim and c.embed_dim != c.model_dim:
+      self.project_out = nn.Dense(c.embed_dim, use_bias=False)
+    if c.head == 'mlm':
+      self.dense = nn.Dense(c.model_dim)
+      self.norm = Norm(c)
+    if not c.tie_embeddings:
+      self.out = nn.Dense(c.vocab_size, use_bias=False)
+    if c.output_bias:
+      self.bias = self.param('bias', nn.initializers.zeros, (c.vocab_size,))
+
+  def project(self, x):
+    return self.project_out(x)
+
+  def transform(self, x):
+    return self.norm(ACTIVATIONS[self.config.activation](self.dense(x)))
+
+  def untied(self, x):
+    return self.out(x)
+
+  def add_bias(self, logits):
+    if not self.config.output_bias:
+      return logits
+    return logits + self.bias.reshape((1,) * (logits.ndim - 1) + (-1,))
+
+
+class ClassHead(nn.Module):
+  """Pools the hidden states [B, T, D] and scores the classes, float32[B, C]."""
+
+  config: Config
+
+  @nn.compact
+  def __call__(self, hidden, mask):
+    c = self.config
+    real = jnp.ones(hidden.shape[:2]) if mask is None else mask
+    real = real.astype(hidden.dtype)
+    if c.pool == 'mean':
+      total = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+      x = jnp.einsum('btd,bt->bd', hidden, real) / total
+    elif c.pool == 'last':
+      last = jnp.maximum(_last(real), 0)
+      x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    else:
+      x = hidden[:, 0]
+    init = nn.initializers.normal(0.02)
+    if c.head_dense:
+      x = jnp.tanh(nn.Dense(c.model_dim, kernel_init=init, name='dense')(x))
+    out = nn.Dense(
+      c.num_labels, use_bias=c.head_bias, kernel_init=init, name='out'
+    )
+    return out(x).astype(jnp.float32)
+
+
+def _last(real):
+  """The last real position of every row, int32[B]."""
+  length = real.shape[1]
+  return length - 1 - jnp.argmax(real[:, ::-1] > 0, axis=1)
