@@ -7,6 +7,7 @@ that the log already holds is taken from the log: resuming is running again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from jaxfl import keys, wire
 from jaxfl import log as log_lib
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
+from jaxfl.runtime import stacking
 
 # round, client id -> pytree of arrays with leading axis `method.num_batches`
 BatchFn = Callable[[int, int], jt.Batch]
@@ -115,12 +117,43 @@ class Programs(NamedTuple):
   server: Any  # state, messages[C], cohort[C] -> state
 
 
-def compile_method(method: method_lib.Method) -> Programs:
-  """Compiles client and server apart, as `jaxfl.method` asks."""
-  return Programs(
-    client=jax.jit(jax.vmap(method.client, in_axes=(None, 0, 0, 0))),
-    server=jax.jit(method.server),
-  )
+def compile_method(
+  method: method_lib.Method,
+  *,
+  build: Callable[[Any], method_lib.Method] | None = None,
+  frozen: Any = None,
+) -> Programs:
+  """Compiles client and server apart, as `jaxfl.method` asks.
+
+  What a loss closes over becomes a constant of the client's program. For large
+  tensors, such as the frozen part of an adapter, that is a large program and a
+  second copy in memory. With `build` they are arguments:
+
+      build = lambda frozen: spsa(
+        lambda t, batch: loss_fn(adapter.merge(frozen, t), batch), root, ...
+      )
+      programs = compile_method(build(frozen), build=build, frozen=frozen)
+
+  Args:
+    method: the method; all of it but the client is used in any case.
+    build: frozen -> the same method. It is called while the client is traced:
+      what it computes with `jax.numpy` has no value there, so that schedules
+      must be plain functions (`jaxfl.schedules`).
+    frozen: pytree of arrays. They are put on the device once.
+
+  Raises:
+    ValueError: if only one of `build` and `frozen` is given.
+  """
+  if (build is None) != (frozen is None):
+    missing = 'build' if build is None else 'frozen'
+    raise ValueError(f'build and frozen go together, {missing} is missing')
+  over_clients = functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
+  if build is None:
+    client = jax.jit(over_clients(method.client))
+  else:
+    run = lambda frozen, *args: over_clients(build(frozen).client)(*args)
+    client = functools.partial(jax.jit(run), jax.device_put(frozen))
+  return Programs(client=client, server=jax.jit(method.server))
 
 
 def pad(messages, ids, weights, round, num_slots):
@@ -167,7 +200,8 @@ def simulate(
   Args:
     method: the method.
     state: from `method.init(params)`, or of a snapshot.
-    batch_fn: round, client id -> batches; must be deterministic.
+    batch_fn: round, client id -> batches; must be deterministic. Clients of one
+      block may differ in shape, see `stacking`.
     population: who takes part.
     num_rounds: rounds of the whole run.
     first_round: rounds that `state` has behind it.
@@ -183,7 +217,8 @@ def simulate(
   Raises:
     FloatingPointError: when `method.check` reports an error.
     ValueError: if the weights of a cohort may add up to more than the method
-      can divide exactly, or a client's batches lack the leading axis.
+      can divide exactly, a client's batches lack the leading axis, or those of
+      a block can't be stacked.
   """
   check_weights(method, population)
   if block_size < 1:
@@ -278,7 +313,7 @@ def _run_clients(
     # the last block is filled up with copies, which are dropped again
     filled = np.resize(block, block_size) if len(block) < block_size else block
     batches = [batch_fn(round, int(i)) for i in filled]
-    batches = jax.tree.map(lambda *xs: np.stack(xs), *batches)
+    batches = stacking.stack(batches, filled)
     party = method_lib.Party(
       id=np.asarray(filled, np.int32),
       round=np.full(block_size, round, np.int32),
