@@ -66,9 +66,9 @@ class Transformer(nn.Module):
 
   def hidden(self, tokens, mask=None, types=None, cache=None, slots=None):
     c = self.config
-    batch, length = tokens.shape
+    length = tokens.shape[1]
     if slots is None:
-      slots = jnp.broadcast_to(jnp.arange(length)[None], (batch, length))
+      slots = jnp.arange(length)[None]  # [1, T]: tables for the whole batch
     positions = slots
     if c.positions_from_mask and mask is not None and cache is None:
       real = mask.astype(jnp.int32)
