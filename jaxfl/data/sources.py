@@ -8,6 +8,7 @@ file: 'NA' stays 'NA', '007' stays '007'.
 
 import contextlib
 import csv
+import glob
 import io
 import os
 import pathlib
@@ -125,49 +126,58 @@ def _read_file(path: pathlib.Path):
     )
   if not path.stat().st_size:
     raise ValueError(f'{path}: the file is empty')
+  options = {}
+  if kind != 'parquet':
+    text = files_lib.read_text(path, 'utf-8-sig')
+    if kind == 'csv':
+      options = _csv_options(path, text)
+    if text.strip() == '[]':
+      raise ValueError(f'{path}: no rows')
   import datasets  # heavy, and not needed for tasks in --data_dir
 
-  options = _csv_options(path) if kind == 'csv' else {}
   with tempfile.TemporaryDirectory(prefix='jaxfl-data-') as cache, _quiet():
     try:
       table = datasets.load_dataset(
         kind,
-        data_files={'train': [str(path.resolve())]},
+        data_files={'train': [glob.escape(str(path.resolve()))]},
         split='train',
         cache_dir=cache,
         keep_in_memory=True,
         **options,
       )
+      assert isinstance(table, datasets.Dataset)
+      return to_rows(table, str(path))
     except Exception as error:  # of arrow, pandas, datasets: there is no base
       raise ValueError(
         f'{path}: cannot be read as {kind}: {error.__cause__ or error}'
       ) from error
-  assert isinstance(table, datasets.Dataset)
-  return to_rows(table, str(path))
 
 
-def _csv_options(path: pathlib.Path) -> dict[str, Any]:
+def _csv_options(path: pathlib.Path, text: str) -> dict[str, Any]:
   """Options that read all cells as text; refuses rows of another width."""
   import datasets
 
   separator = '\t' if '.tsv' in path.suffixes else ','
-  text = files_lib.read_text(path, 'utf-8-sig')
   limit = csv.field_size_limit(len(text) + 1)
   try:
     reader = csv.reader(io.StringIO(text, newline=''), delimiter=separator)
-    header = next(reader)
+    lines = (cells for cells in reader if cells)
+    header = next(lines)
+    count = 0
     if len(set(header)) < len(header) or '' in header:
       raise ValueError(
         f'{path}: the header must name all columns, each once; got {header}'
       )
-    for cells in reader:
-      if cells and len(cells) != len(header):
+    for count, cells in enumerate(lines, 1):  # noqa: B007
+      if len(cells) != len(header):
         raise ValueError(
           f'{path}, line {reader.line_num}: {len(cells)} cells, but the header '
           f'has {len(header)}: {header}'
         )
   finally:
     csv.field_size_limit(limit)
+  if not count:
+    raise ValueError(f'{path}: a header, but no rows')
   return {
     'sep': separator,
     'keep_default_na': False,
