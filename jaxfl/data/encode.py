@@ -34,6 +34,7 @@ def encode(
   max_length: int,
   kind: str = 'causal',
   positions: int | None = None,
+  label_names: Sequence[str] | None = None,
 ) -> examples_lib.Examples:
   """Encodes a dataset.
 
@@ -48,6 +49,8 @@ def encode(
     max_length: tokens of an example, at most, special tokens included.
     kind: `'causal'` or `'masked'`, the model; it matters for `words`.
     positions: how many positions the model has, if that is bounded.
+    label_names: of the dataset, by index: words are then matched by name, see
+      `templates.match_labels`, and not by position.
 
   Returns:
     As many examples as rows, in their order.
@@ -71,6 +74,8 @@ def encode(
       f'form {form!r} needs a causal model, and this one is {kind}; use'
       ' form=words or form=head'
     )
+  if label_names and template:
+    template = templates.match_labels(template, label_names)
   match form:
     case 'head':
       out = _head(rows, template, tokenizer, max_length)
@@ -108,7 +113,7 @@ def _labels(rows, template) -> np.ndarray:
       raise ValueError(
         f"{_where(template.name, i)}: field 'label' is {row.get('label')!r};"
         f' expected a whole number in [0, {count}), for'
-        f' {template.labels or template.choices}'
+        f' {template.labels or template.words or template.choices}'
       )
     labels.append(label)
   return np.array(labels, np.int32)

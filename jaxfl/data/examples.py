@@ -15,7 +15,8 @@ Forms (B examples, T tokens, C candidates):
 - prompt: tokens int32[B, T], mask int8[B, T].
 
 All have `example_weight` float32[B], 1 for what is an example. `weights` is 1
-where `tokens[..., 1:]` is a target. `types` int8[B, T], the segment ids, is there for tokenizers that have them.
+where `tokens[..., 1:]` is a target. `types` int8[B, T], the segment ids, is
+there for tokenizers that have them.
 """
 
 import dataclasses
@@ -228,11 +229,12 @@ def task(
 
   Raises:
     ValueError: naming the client that has no example, or one twice, or one
-      that does not exist; or if forms differ, or a number is not positive.
+      that does not exist; or if forms differ, or a number is not positive, or
+      the length is too short for a train example.
   """
   names = tuple(client_names or (f'client {i}' for i in range(len(partition))))
   clients = [np.asarray(indices, np.int64) for indices in partition]
-  _check(train, test, clients, names, eval_batch_size, eval_examples)
+  _check(train, test, clients, names, eval_batch_size, eval_examples, length)
 
   def batches(seed, client_id, round, num_batches, batch_size):
     rng = batching.generator(seed, client_id, round)
@@ -256,7 +258,7 @@ def task(
   )
 
 
-def _check(train, test, clients, names, eval_batch_size, eval_examples):
+def _check(train, test, clients, names, eval_batch_size, eval_examples, length):
   if train.form != test.form or train.num_labels != test.num_labels:
     raise ValueError(
       f'train is {train.form!r} with {train.num_labels} labels, test is'
@@ -274,6 +276,9 @@ def _check(train, test, clients, names, eval_batch_size, eval_examples):
   ):
     if value < 1:
       raise ValueError(f'{what} must be positive, got {value}')
+  longest = train.lengths.max()
+  if length is not None and length < longest:
+    raise ValueError(f'length {length} is too short for {longest} tokens')
   for name, indices in zip(names, clients, strict=True):
     if not len(indices):
       raise ValueError(

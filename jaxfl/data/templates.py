@@ -5,7 +5,7 @@ at the end for causal models, `{mask}` anywhere for masked ones. A field may
 name how it is written: `{premise:open}` (see `WRITINGS`).
 
 Protocol, slots and label words follow Malladi et al., "Fine-Tuning Language
-Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, appendix E
+Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, appendix
 (causal prompts; masked ones after Gao et al., "Making Pre-trained Language
 Models Better Few-shot Learners", ACL 2021, arXiv:2012.15723). Whole sentences
 are in our own words, so scores need not equal those papers' to the digit. TREC
@@ -55,7 +55,8 @@ class Template(NamedTuple):
     causal: ends in `{answer}`; '' if there is none.
     masked: has `{mask}`; '' if there is none.
     words: the label words, one per label; empty where `choices` are answers.
-    labels: the names of the labels, in the order of `words`.
+    labels: the names of the labels, in the order of `words`; empty if words
+      are given by position.
     segments: the text, or the pair of texts, of a classification head.
     choices: templates of the answers where every row has its own; one whose
       field is None in a row is left out.
@@ -121,8 +122,8 @@ TEMPLATES = {
       'trec',
       'Question: {text}\nAnswer type: {answer}',
       '{mask}: {text}',
-      ('Expression', 'Description', 'Entity', 'Human', 'Location', 'Number'),
-      ('ABBR', 'DESC', 'ENTY', 'HUM', 'LOC', 'NUM'),
+      ('Expression', 'Entity', 'Description', 'Human', 'Location', 'Number'),
+      ('ABBR', 'ENTY', 'DESC', 'HUM', 'LOC', 'NUM'),
       ('{text}',),
     ),
     Template(
@@ -250,7 +251,8 @@ def custom(
       slot `{mask}`, or `{answer}`, anywhere; causal ones need it at the end.
     words: label words, one per label; a string is cut at its commas.
     choices: as `Template.choices`, instead of words.
-    labels: names of the labels; the words if none are given.
+    labels: names of the labels, for `match_labels`; if none are given, words
+      are in the order of the labels.
     name: for messages.
 
   Raises:
@@ -276,11 +278,10 @@ def custom(
       f'template of {name!r} needs two or more different answers, found'
       f' {answers}'
     )
-  labels = tuple(labels) or answers
-  if len(labels) != len(answers):
+  if labels and len(labels) != len(answers):
     raise ValueError(
       f'template of {name!r} has {len(answers)} answers for {len(labels)}'
-      f' labels {labels}'
+      f' labels {tuple(labels)}'
     )
   slot = '{' + slots[0] + '}'
   names = ['{' + field + '}' for field in fields(template, *choices)]
@@ -291,7 +292,7 @@ def custom(
     else '',
     masked='' if choices else template.replace(slot, '{mask}'),
     words=() if choices else answers,
-    labels=labels,
+    labels=tuple(labels),
     segments=(names[0], ' '.join(names[1:])) if names[1:] else tuple(names),
     choices=tuple(choices),
   )
@@ -320,9 +321,15 @@ def match_labels(template: Template, label_names: Sequence[str]) -> Template:
       by space, hyphen or underscore, make no difference.
 
   Raises:
-    ValueError: if the names are not those of the template.
+    ValueError: if the names are not those of the template, or more or fewer.
   """
-  if template.choices:
+  answers = template.words or template.choices
+  if not template.words or not template.labels:
+    if len(label_names) != len(answers):
+      raise ValueError(
+        f'the template of {template.name!r} has the {len(answers)} answers'
+        f' {answers}, for the {len(label_names)} labels {list(label_names)}'
+      )
     return template
   plain = lambda x: str(x).lower().replace('_', ' ').replace('-', ' ').strip()
   order = {plain(label): i for i, label in enumerate(template.labels)}

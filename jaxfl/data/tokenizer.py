@@ -247,6 +247,9 @@ def _around(model) -> _Around:
 def _describe(model, told, config) -> Tokenizer:
   """A `Tokenizer` of the library's tokenizer and the files beside it."""
   ids = {role: _special_id(role, model, told, config) for role in _ROLES}
+  # known as special, so that `decode` leaves them out
+  names = [model.id_to_token(i) for i in ids.values() if i is not None]
+  model.add_special_tokens([name for name in names if name is not None])
   around = _around(model)
   prefix = around.prefix
   adds_bos = told.get('add_bos_token', config.get('model_type') == 'opt')
