@@ -14,11 +14,12 @@ Fields of the tasks' rows (`label` is an index into `label_names`):
   natural_instructions also task and (from files) category |
 
 Known overlaps: MR contains 1,431 of the 1,821 test sentences of SST-2, so a
-model that saw MR must not be scored on SST; 11 test questions of TREC are also
-to be trained on, and are left there as everybody leaves them. From files, SST-2
-is tested on the 1,821 test sentences; from the hub on the 872 of validation,
-whose test has no labels. `natural_instructions` on the hub has more than five
-million rows: take a part with `train_split='train[:1%]'`.
+model that saw MR must not be scored on SST; 11 of TREC's test questions are,
+but for case, among those to train on, and are left there, as elsewhere.
+From files, SST-2 is tested on the 1,821 test sentences; on the hub, whose test
+split has no labels, on the 872 of validation. `natural_instructions` on the hub
+has all tasks and instances and is large: `train_split='train[:1%]'` takes a
+part. TREC's labels are in the order of the hub, not that of the files.
 """
 
 import pathlib

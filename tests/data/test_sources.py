@@ -201,6 +201,93 @@ def test_hub_id_with_config_and_columns(monkeypatch):
   assert dataset.label_names == ('neg', 'pos')
 
 
+HUB = {
+  # id, config, columns on the hub, our row
+  'sst2': (
+    ('nyu-mll/glue', 'sst2'),
+    {'sentence': 'a', 'label': 1, 'idx': 0},
+    {'text': 'a', 'label': 1},
+  ),
+  'sst5': (
+    ('SetFit/sst5', None),
+    {'text': 'a', 'label': 4, 'label_text': 'very positive'},
+    {'text': 'a', 'label': 4},
+  ),
+  'trec': (
+    ('SetFit/TREC-QC', None),
+    {'text': 'a', 'label': 7, 'label_coarse_original': 'DESC'},
+    {'text': 'a', 'label': 2},
+  ),
+  'mr': (
+    ('cornell-movie-review-data/rotten_tomatoes', None),
+    {'text': 'a', 'label': 'neg'},
+    {'text': 'a', 'label': 0},
+  ),
+  'cb': (
+    ('aps/super_glue', 'cb'),
+    {'premise': 'a', 'hypothesis': 'b', 'label': 'neutral', 'idx': 0},
+    {'premise': 'a', 'hypothesis': 'b', 'label': 2},
+  ),
+  'gsm8k': (
+    ('openai/gsm8k', 'main'),
+    {'question': 'a', 'answer': 'b'},
+    {'instruction': 'a', 'input': '', 'response': 'b', 'references': ['b']},
+  ),
+  'dolly': (
+    ('databricks/databricks-dolly-15k', None),
+    {'instruction': 'a', 'context': 'c', 'response': 'b', 'category': 'd'},
+    {
+      'instruction': 'a',
+      'input': 'c',
+      'response': 'b',
+      'references': ['b'],
+      'category': 'd',
+    },
+  ),
+  'natural_instructions': (
+    ('Muennighoff/natural-instructions', None),
+    {'task_name': 't', 'definition': 'a', 'inputs': 'c', 'targets': 'b'},
+    {
+      'instruction': 'a',
+      'input': 'c',
+      'response': 'b',
+      'references': ['b'],
+      'task': 't',
+    },
+  ),
+}
+
+
+@pytest.mark.parametrize('task', HUB)
+def test_tasks_on_the_hub(monkeypatch, task):
+  (path, config), theirs, ours = HUB[task]
+  split = catalog.TASKS[task].test_split or 'test'
+  asked = _fake_hub(monkeypatch, {'train': [theirs], split: [theirs]})
+  dataset = catalog.load(task)
+  assert (asked['path'], asked['config']) == (path, config)
+  assert dataset.train == dataset.test == [ours]
+
+
+def test_snli_rows_without_a_label_are_dropped(monkeypatch):
+  features = datasets.Features(
+    {
+      'premise': datasets.Value('string'),
+      'hypothesis': datasets.Value('string'),
+      # another order than ours: labels go by name
+      'label': datasets.ClassLabel(
+        names=['contradiction', 'entailment', 'neutral']
+      ),
+    }
+  )
+  rows = [
+    {'premise': 'a', 'hypothesis': 'b', 'label': label}
+    for label in (-1, 0, 1, 2)
+  ]
+  _fake_hub(monkeypatch, {'train': rows, 'test': rows}, features)
+  dataset = catalog.load('snli')
+  assert [row['label'] for row in dataset.train] == [2, 0, 1]
+
+
 def test_hub_split_without_labels(monkeypatch):
   features = datasets.Features(
     {
