@@ -242,8 +242,9 @@ class TestTask:
     ],
   )
   def test_refused(self, partition, options, message):
+    train = _make([1] * 12 + [16])
     with pytest.raises(ValueError, match=message):
-      examples.task(_labelled(13), _labelled(7), partition, name='t', **options)
+      examples.task(train, _make([1]), partition, name='t', **options)
 
   def test_forms_that_differ(self):
     other = dataclasses.replace(_labelled(7), form='words')
