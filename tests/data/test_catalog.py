@@ -15,6 +15,11 @@ import pytest
 from jaxfl.data import catalog, labels, layouts, sources
 from jaxfl.data import rows as rows_lib
 
+# old versions of `datasets` leave csv files to the garbage collector to close
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::ResourceWarning',
+  'ignore::pytest.PytestUnraisableExceptionWarning',
+)
 DATA_DIR = pathlib.Path(
   os.environ.get('JAXFL_DATA_DIR')
   or pathlib.Path(__file__).parents[2] / '..' / 'shared' / 'data'

@@ -12,6 +12,11 @@ import pytest
 from jaxfl.data import catalog, files, hub, sources
 from jaxfl.data import rows as rows_lib
 
+# old versions of `datasets` leave csv files to the garbage collector to close
+pytestmark = pytest.mark.filterwarnings(
+  'ignore::ResourceWarning',
+  'ignore::pytest.PytestUnraisableExceptionWarning',
+)
 ROWS = [
   {'text': 'NA', 'label': '007'},
   {'text': 'né, "so"\nund', 'label': '1'},
