@@ -100,9 +100,13 @@ def _where(name: str, index: int) -> str:
   return f'dataset {name!r}, row {index}'
 
 
+def _num_labels(template) -> int:
+  return len(template.words or template.choices or template.labels)
+
+
 def _labels(rows, template) -> np.ndarray:
   """int32[N]."""
-  count = len(template.words or template.choices)
+  count = _num_labels(template)
   labels = []
   for i, row in enumerate(rows):
     try:
@@ -169,7 +173,7 @@ def _head(rows, template, tokenizer, max_length):
     max_length,
     seconds=np.array(seconds, np.int32) if tokenizer.segments else None,
     scalars={'label': _labels(rows, template)},
-    num_labels=len(template.words or template.choices),
+    num_labels=_num_labels(template),
     truncated=int(cut.sum()),
   )
 
@@ -207,8 +211,8 @@ def label_ids(
   """
   if not template.words:
     raise ValueError(
-      f'dataset {template.name!r} has no label words: every row has answers of'
-      ' its own; use form=candidates'
+      f'dataset {template.name!r} has no label words; use form='
+      + ('candidates' if template.choices else 'head, or give some')
     )
   text = template.causal.removesuffix('{answer}')
   space = ' ' if kind == 'masked' or text.endswith(' ') else ''

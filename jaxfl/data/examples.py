@@ -205,7 +205,7 @@ def task(
   eval_batch_size: int = 32,
   eval_examples: int | None = None,
   seed: int = 0,
-  length: int | None = None,
+  vary_length: bool = False,
 ) -> batching.Task:
   """A task on encoded examples.
 
@@ -224,17 +224,18 @@ def task(
     eval_examples: how many test examples are evaluated, drawn by the seed
       without replacement; all if None.
     seed: of that draw.
-    length: T of all train batches. If None, every call has the smallest bucket
-      that holds its batches: clients then differ, see `stack`.
+    vary_length: whether every call of `batches` has the smallest bucket that
+      holds what it draws; clients then differ, and `stack` makes them alike.
+      Otherwise all have the last bucket.
 
   Raises:
     ValueError: naming the client that has no example, or one twice, or one
-      that does not exist; or if forms differ, or a number is not positive, or
-      the length is too short for a train example.
+      that does not exist; or if forms differ, or a number is not positive.
   """
   names = tuple(client_names or (f'client {i}' for i in range(len(partition))))
   clients = [np.asarray(indices, np.int64) for indices in partition]
-  _check(train, test, clients, names, eval_batch_size, eval_examples, length)
+  _check(train, test, clients, names, eval_batch_size, eval_examples)
+  length = None if vary_length else train.buckets[-1]
 
   def batches(seed, client_id, round, num_batches, batch_size):
     rng = batching.generator(seed, client_id, round)
@@ -258,7 +259,7 @@ def task(
   )
 
 
-def _check(train, test, clients, names, eval_batch_size, eval_examples, length):
+def _check(train, test, clients, names, eval_batch_size, eval_examples):
   if train.form != test.form or train.num_labels != test.num_labels:
     raise ValueError(
       f'train is {train.form!r} with {train.num_labels} labels, test is'
@@ -276,9 +277,6 @@ def _check(train, test, clients, names, eval_batch_size, eval_examples, length):
   ):
     if value < 1:
       raise ValueError(f'{what} must be positive, got {value}')
-  longest = train.lengths.max()
-  if length is not None and length < longest:
-    raise ValueError(f'length {length} is too short for {longest} tokens')
   for name, indices in zip(names, clients, strict=True):
     if not len(indices):
       raise ValueError(

@@ -21,6 +21,8 @@ import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from jaxfl.data import rows as rows_lib
+
 SLOTS = ('answer', 'mask')
 
 
@@ -54,7 +56,8 @@ class Template(NamedTuple):
     name: of the dataset.
     causal: ends in `{answer}`; '' if there is none.
     masked: has `{mask}`; '' if there is none.
-    words: the label words, one per label; empty where `choices` are answers.
+    words: the label words, one per label; empty where `choices` are answers,
+      or where a head alone can be used.
     labels: the names of the labels, in the order of `words`; empty if words
       are given by position.
     segments: the text, or the pair of texts, of a classification head.
@@ -296,6 +299,28 @@ def custom(
     segments=(names[0], ' '.join(names[1:])) if names[1:] else tuple(names),
     choices=tuple(choices),
   )
+
+
+def bare(
+  name: str, row: Mapping[str, Any], label_names: Sequence[str]
+) -> Template:
+  """The text fields of a row and nothing else, for a classification head.
+
+  Args:
+    name: of the dataset.
+    row: one that has the fields of all.
+    label_names: of the dataset, by index.
+
+  Raises:
+    ValueError: if no field is text.
+  """
+  names = [k for k, v in row.items() if isinstance(v, str) and k != 'label']
+  known = [k for k in rows_lib.TEXT_FIELDS if k in names]
+  names = ['{' + k + '}' for k in known or names]
+  if not names:
+    raise ValueError(f'dataset {name!r}: no field is text in {sorted(row)}')
+  segments = (names[0], ' '.join(names[1:])) if names[1:] else tuple(names)
+  return Template(name, '', '', (), tuple(label_names), segments)
 
 
 def named(name: str) -> Template:

@@ -156,32 +156,56 @@ def _read_model(where: pathlib.Path, told, config):
   if vocab.exists() and merges.exists():
     return _byte_level(vocab, merges, told, config)
   if (where / 'vocab.txt').exists():
-    words = tokenizers.BertWordPieceTokenizer(
-      str(where / 'vocab.txt'),
-      lowercase=told.get('do_lower_case', True),
-      strip_accents=told.get('strip_accents'),
-      handle_chinese_chars=told.get('tokenize_chinese_chars', True),
-    )
-    return tokenizers.Tokenizer.from_str(words.to_str())
+    return _word_piece(where / 'vocab.txt', told)
   raise FileNotFoundError(
     f'no tokenizer in {os.fspath(where)!r}: looked for {", ".join(_FILES)};'
     f' found {sorted(p.name for p in where.iterdir()) or "nothing"}'
   )
 
 
+def _word_piece(vocab: pathlib.Path, told):
+  """BERT's tokenizer from its old file."""
+  import tokenizers
+  from tokenizers import (
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+  )
+
+  model = models.WordPiece.from_file(
+    str(vocab), unk_token=_content(told.get('unk_token')) or '[UNK]'
+  )
+  model = tokenizers.Tokenizer(model)
+  model.normalizer = normalizers.BertNormalizer(
+    clean_text=True,
+    handle_chinese_chars=told.get('tokenize_chinese_chars', True),
+    strip_accents=told.get('strip_accents'),
+    lowercase=told.get('do_lower_case', True),
+  )
+  model.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+  model.decoder = decoders.WordPiece()
+  sep, cls = (
+    _with_id(model, _content(told.get(key)) or usual, vocab)
+    for key, usual in (('sep_token', '[SEP]'), ('cls_token', '[CLS]'))
+  )
+  model.post_processor = processors.BertProcessing(sep, cls)
+  return model
+
+
 def _byte_level(vocab: pathlib.Path, merges: pathlib.Path, told, config):
   """GPT-2's, OPT's or RoBERTa's tokenizer from its two old files."""
   import tokenizers
-  from tokenizers import processors
+  from tokenizers import decoders, models, pre_tokenizers, processors
 
   space = bool(told.get('add_prefix_space', False))
   try:
-    model = tokenizers.ByteLevelBPETokenizer(
-      str(vocab), str(merges), add_prefix_space=space
-    )
+    model = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
   except Exception as error:
     raise ValueError(f'{vocab}, {merges}: {error}') from error
-  model = tokenizers.Tokenizer.from_str(model.to_str())
+  model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space)
+  model.decoder = decoders.ByteLevel()
   family = f'{told.get("tokenizer_class", "")} {config.get("model_type", "")}'
   if 'roberta' in family.lower():
     sep, cls = (

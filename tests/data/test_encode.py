@@ -105,6 +105,15 @@ class TestHead:
     assert e.truncated == 1
     assert e.buckets == (8,)
 
+  def test_bare_fields(self):
+    rows = [{'text': 'ab', 'label': 2}]
+    t = templates.bare('own', rows[0], ('x', 'y', 'z'))
+    e = _encode(rows, t, ENCODER, 'head')
+    assert e.num_labels == 3
+    assert e.take(0)['label'] == 2
+    with pytest.raises(ValueError, match="'own'"):
+      _encode(rows, t, ENCODER, 'words')
+
 
 class TestWords:
   def test_causal(self):

@@ -206,7 +206,16 @@ class TestTask:
     assert task.num_examples.dtype == np.int64
     assert task.client_names == ('client 0', 'client 1')
     assert self._task(client_names=('a', 'b')).client_names == ('a', 'b')
-    assert self._task(length=40).batches(0, 0, 0, 1, 2)['mask'].shape[-1] == 40
+
+  def test_lengths_are_alike_unless_they_may_vary(self):
+    data = _make([3, 40])
+    clients = ([0], [1])
+    task = examples.task(data, data, clients, name='t')
+    both = [task.batches(0, i, 0, 1, 2)['mask'].shape for i in (0, 1)]
+    assert both == [(1, 2, 48)] * 2
+    task = examples.task(data, data, clients, name='t', vary_length=True)
+    both = [task.batches(0, i, 0, 1, 2)['mask'].shape for i in (0, 1)]
+    assert both == [(1, 2, 16), (1, 2, 48)]
 
   def test_digest_sees_tokens_and_partition(self):
     train, test = _labelled(13), _labelled(7)
@@ -237,14 +246,13 @@ class TestTask:
       ([], {}, 'the partition has 0 clients'),
       ([[0]], {'client_names': ('a', 'b')}, '1 clients, with 2 names'),
       ([[0]], {'eval_batch_size': 0}, 'eval_batch_size must be positive'),
-      ([[0]], {'length': 15}, 'length 15 is too short for 16 tokens'),
       ([[0]], {'eval_examples': 0}, 'eval_examples must be positive'),
     ],
   )
   def test_refused(self, partition, options, message):
-    train = _make([1] * 12 + [16])
+    data = _labelled(13), _labelled(7)
     with pytest.raises(ValueError, match=message):
-      examples.task(train, _make([1]), partition, name='t', **options)
+      examples.task(*data, partition, name='t', **options)
 
   def test_forms_that_differ(self):
     other = dataclasses.replace(_labelled(7), form='words')

@@ -127,6 +127,17 @@ def test_labels_are_matched_by_name():
     templates.match_labels(templates.named('rte'), ['yes', 'no'])
 
 
+def test_bare_fields():
+  row = {'label': 0, 'note': 'x', 'sentence2': 'b', 'sentence1': 'a', 'n': 3}
+  t = templates.bare('own', row, ('x', 'y', 'z'))
+  assert t.segments == ('{sentence1}', '{sentence2}')
+  assert t.labels == ('x', 'y', 'z')
+  assert templates.bare('own', {'q': 'x'}, ('a', 'b')).segments == ('{q}',)
+  assert (t.words, t.choices, t.causal, t.masked) == ((), (), '', '')
+  with pytest.raises(ValueError, match="'own': no field is text"):
+    templates.bare('own', {'n': 3, 'label': 'a'}, ('x', 'y'))
+
+
 class TestCustom:
   def test_by_position(self):
     t = templates.custom('{text} It was {answer}', 'bad, good')

@@ -57,7 +57,9 @@ class TestBert:
     import tokenizers
 
     words = tiny.bert(tmp_path / 'words')
-    model = tokenizers.BertWordPieceTokenizer(str(words / 'vocab.txt'))
+    model = tokenizers.BertWordPieceTokenizer(
+      {word: i for i, word in enumerate(tiny.BERT_WORDS)}
+    )
     model.enable_padding(length=9)
     model.enable_truncation(3)
     (tmp_path / 'whole').mkdir()
@@ -119,6 +121,12 @@ class TestByteLevel:
     assert t.wrap([9], [8]) == [0, 9, 2, 2, 8, 2]
     assert (t.cls_id, t.sep_id, t.mask_id, t.pad_id) == (0, 2, 4, 1)
     assert not t.segments
+
+  def test_broken_merges(self, tmp_path):
+    folder = tiny.byte_level(tmp_path)
+    (folder / 'merges.txt').write_text('#version: 0.2\nq zz\n')
+    with pytest.raises(ValueError, match=r'vocab\.json.*merges\.txt'):
+      tokenizer.load(folder)
 
   def test_cut_keeps_characters_whole(self, tmp_path):
     t = tokenizer.load(tiny.byte_level(tmp_path))
