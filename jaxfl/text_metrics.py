@@ -118,23 +118,23 @@ def gsm8k_answer(text: str) -> decimal.Decimal | None:
 
 
 def gsm8k_exact_match(
-  predictions: Sequence[str], references: Sequence[str]
+  predictions: Sequence[str], references_list: Sequence[Sequence[str]]
 ) -> float:
-  """Share of the predictions whose answer is the number of the reference.
+  """Share of the predictions whose `gsm8k_answer` is that of a reference.
 
-  Args:
-    predictions: a text per example.
-    references: the solution of each, with its '####'.
+  Args are those of `rouge_l`; a reference is a solution with its '####'.
 
   Raises:
-    ValueError: if there is no example, the lengths differ, or a reference has
-      no number.
+    ValueError: as `rouge_l`, or if a reference has no number.
   """
-  for i, reference in enumerate(references):
-    if gsm8k_answer(reference) is None:
-      raise ValueError(f'reference {i} has no number: {reference!r}')
-  score = lambda text, reference: gsm8k_answer(text) == gsm8k_answer(reference)
-  return _mean_of_best(score, predictions, [[r] for r in references])
+
+  def score(text, reference):
+    expected = gsm8k_answer(reference)
+    if expected is None:
+      raise ValueError(f'reference {reference!r} has no number')
+    return gsm8k_answer(text) == expected
+
+  return _mean_of_best(score, predictions, references_list)
 
 
 def confusion(

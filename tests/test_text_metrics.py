@@ -145,24 +145,29 @@ def test_gsm8k_answer_reads_what_is_written(number):
 def test_gsm8k_exact_match():
   got = text_metrics.gsm8k_exact_match(
     ['... #### 1,000', 'it is 3', 'no idea', '8.0'],
-    ['#### 1000', '#### 4', '#### 0', '#### 8'],
+    [['#### 1000'], ['#### 4', '5'], ['#### 0'], ['#### 7', '#### 8']],
   )
   assert got == 0.5
-  with pytest.raises(ValueError, match="reference 1 has no number: 'none'"):
-    text_metrics.gsm8k_exact_match(['1', '1'], ['#### 1', 'none'])
+  with pytest.raises(ValueError, match="reference 'none' has no number"):
+    text_metrics.gsm8k_exact_match(['1', '1'], [['#### 1'], ['none']])
 
 
-@pytest.mark.parametrize(
-  'score',
-  [text_metrics.rouge_l, text_metrics.exact_match, text_metrics.token_f1],
-)
+SCORES = [
+  text_metrics.rouge_l,
+  text_metrics.exact_match,
+  text_metrics.token_f1,
+  text_metrics.gsm8k_exact_match,
+]
+
+
+@pytest.mark.parametrize('score', SCORES)
 @pytest.mark.parametrize(
   ('predictions', 'references', 'message'),
   [
     ([], [], 'at least one: got 0 and 0'),
     (['x'], [['x'], ['y']], 'got 1 and 2'),
     (['x'], ['x'], "example 0 must have a list of references, got 'x'"),
-    (['x', 'y'], [['x'], []], r'example 1 must have a list .* got \[\]'),
+    (['1', 'y'], [['1'], []], r'example 1 must have a list .* got \[\]'),
   ],
 )
 def test_bad_texts_are_refused(score, predictions, references, message):
