@@ -316,7 +316,7 @@ def _encoders(model):
   """`encode` and `encode_next` of `Tokenizer`."""
 
   def encode(texts):
-    batch = model.encode_batch(list(texts), add_special_tokens=False)
+    batch = model.encode_batch_fast(list(texts), add_special_tokens=False)
     return [encoding.ids for encoding in batch]
 
   # a tokenizer that begins every text with a space of its own (Llama 2) is
