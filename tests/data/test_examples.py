@@ -209,7 +209,7 @@ class TestTask:
 
   def test_lengths_are_alike_unless_they_may_vary(self):
     data = _make([3, 40])
-    clients = ([0], [1])
+    clients = (np.array([0]), np.array([1]))
     task = examples.task(data, data, clients, name='t')
     both = [task.batches(0, i, 0, 1, 2)['mask'].shape for i in (0, 1)]
     assert both == [(1, 2, 48)] * 2
