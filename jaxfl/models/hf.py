@@ -15,10 +15,10 @@ from absl import logging
 
 from jaxfl import keys
 from jaxfl import typing as jt
-from jaxfl.models import hf_config, hf_files, transformer
+from jaxfl.models import hf_config, hf_files
 from jaxfl.models.config import Config
 from jaxfl.models.hf_heads import Wish, choose
-from jaxfl.models.hf_names import LAYOUTS, Layout, Slot
+from jaxfl.models.hf_names import LAYOUTS, Layout, Slot, shapes
 from jaxfl.models.hf_save import save as save
 
 DTYPES = {'float32': np.float32, 'bfloat16': ml_dtypes.bfloat16}
@@ -99,8 +99,8 @@ def load(
   if key is None and fresh:
     raise ValueError(f'{directory}: the head is new and needs a key')
   made: dict[str, Any] = {}
-  for name, (leaf, slot) in slots.items():
-    value = np.zeros(leaf.shape, DTYPES[dtype])
+  for name, (shape, slot) in slots.items():
+    value = np.zeros(shape, DTYPES[dtype])
     if slot is None:
       _start(value, key, name)
     else:
@@ -151,20 +151,19 @@ def _tensors(directory: str, layout: Layout, config: Config):
 
 def _slots(config, layout, tensors, fresh, directory):
   """Of every parameter its shape and slot, None for a new one; checked."""
-  shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-  slots: dict[str, tuple[jax.Array, Slot | None]] = {}
+  slots: dict[str, tuple[tuple[int, ...], Slot | None]] = {}
   missing, used = [], set()
-  for path, leaf in keys.named_leaves(shapes):
+  for path, shape in shapes(config).items():
     new = path.rsplit('/', 1)[0] in fresh
     slot = None if new else layout.slot(path, config)
-    slots[path] = (leaf, slot)
+    slots[path] = (shape, slot)
     for name in slot.names(config.num_layers) if slot else ():
       used.add(name)
       full = layout.prefix + name if slot and slot.base else name
       if name not in tensors:
         missing.append(full)
       else:
-        _check(full, tensors[name], _stored_shape(path, leaf.shape, slot))
+        _check(full, tensors[name], _stored_shape(path, shape, slot))
   if missing:
     raise ValueError(
       f'{directory} lacks {len(missing)} tensors: {_few(sorted(missing))}'

@@ -32,16 +32,23 @@ class Stored:
   shape: tuple[int, ...]
 
   def pieces(self) -> Iterator[tuple[slice, np.ndarray]]:
-    """The tensor as (rows of the first axis, their values)."""
+    """The tensor as (rows of the first axis, their values).
+
+    Raises:
+      ValueError: if the file ends too early.
+    """
     dtype = np.dtype(_READABLE[self.dtype])
     rows = self.shape[0] if self.shape else 1
     width = math.prod(self.shape[1:])
     step = max(1, _PIECE // max(1, width * dtype.itemsize))
+    step = step if len(self.shape) > 1 else rows  # vectors come whole
     with open(self.path, 'rb') as file:
       file.seek(self.start)
-      for row in range(0, rows, step):
+      for row in range(0, rows, max(1, step)):
         count = min(step, rows - row)
         data = file.read(count * width * dtype.itemsize)
+        if len(data) != count * width * dtype.itemsize:
+          raise ValueError(f'{self.path} ends too early')
         values = np.frombuffer(data, dtype).reshape(count, *self.shape[1:])
         yield slice(row, row + count), values
 

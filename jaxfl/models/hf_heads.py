@@ -12,6 +12,9 @@ from jaxfl.models.hf_names import Layout
 HEADS = ('lm', 'mlm', 'classify', 'none')
 POOLS = ('first', 'mean', 'last')
 POOL_FIELD = 'jaxfl_pool'  # in config.json: a classifier transformers lacks
+_HEAD_FIELDS = (
+  'num_labels', 'pool', 'head_dense', 'head_bias', 'output_bias',
+)  # fmt: skip
 _SENTENCE_POOLS = {
   'pooling_mode_mean_tokens': 'mean',
   'pooling_mode_cls_token': 'first',
@@ -38,6 +41,43 @@ class Wish:
       )
     if self.num_labels is not None and self.num_labels < 1:
       raise ValueError(f'num_labels is {self.num_labels}, expected >= 1')
+
+
+def without_head(config: Config) -> Config:
+  """The same model with the head `none`."""
+  plain = {
+    field.name: field.default
+    for field in dataclasses.fields(Config)
+    if field.name in _HEAD_FIELDS
+  }
+  return dataclasses.replace(config, head='none', **plain)  # pyright: ignore[reportArgumentType]
+
+
+def check_savable(config: Config) -> None:
+  """Refuses heads that no checkpoint has.
+
+  Raises:
+    ValueError: naming the field.
+  """
+  if config.output_bias != (config.head == 'mlm'):
+    raise ValueError(
+      f'output_bias is {config.output_bias}, which a Hugging Face checkpoint '
+      f'with the head {config.head} does not have'
+    )
+  if config.head == 'classify' and not is_native(config):
+    for name, expected in (
+      ('head_dense', False),
+      ('head_bias', not config.causal),
+    ):
+      if getattr(config, name) != expected:
+        raise ValueError(
+          f'{name} must be {expected} for a classifier with the pool '
+          f'{config.pool}'
+        )
+  if config.head == 'none' and config.embed_dim:
+    raise ValueError(
+      f'a model with embed_dim {config.embed_dim} can only be saved with a head'
+    )
 
 
 def native_pool(config: Config) -> str:
@@ -167,9 +207,12 @@ def _classifier(config, layout, fields, tensors, wish, trained, directory):
     wish.num_labels is None or out is None or out.shape[0] == wish.num_labels
   ):
     return config, frozenset()
+  if not dense:
+    return config, frozenset(['head/out'])
   slot = layout.slot('head/dense/kernel', config)
-  kept = not dense or (slot.base and slot.name in tensors)
-  return config, frozenset(['head/out'] if kept else ['head/out', 'head/dense'])
+  if slot.base and slot.name in tensors:  # the pooler of BERT
+    return config, frozenset(['head/out'])
+  return config, frozenset(['head/out', 'head/dense'])
 
 
 def _trained_pool(config, fields, where):

@@ -6,10 +6,22 @@ there and [in, out] here, those of GPT-2 are [in, out] in both.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Mapping
 
+import jax
+
+from jaxfl import keys
+from jaxfl.models import transformer
 from jaxfl.models.config import Config
+
+
+@functools.lru_cache(maxsize=64)
+def shapes(config: Config) -> Mapping[str, tuple[int, ...]]:
+  """The shape of every parameter by its path."""
+  made = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
+  return {name: leaf.shape for name, leaf in keys.named_leaves(made)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,15 +8,21 @@ import shutil
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxfl import keys
 from jaxfl import typing as jt
-from jaxfl.models import hf_config, hf_files, transformer
+from jaxfl.models import hf_config, hf_files
 from jaxfl.models.config import Config
-from jaxfl.models.hf_heads import POOL_FIELD, is_native, num_labels
-from jaxfl.models.hf_names import LAYOUTS, Layout
+from jaxfl.models.hf_compose import compose
+from jaxfl.models.hf_heads import (
+  POOL_FIELD,
+  check_savable,
+  is_native,
+  num_labels,
+  without_head,
+)
+from jaxfl.models.hf_names import LAYOUTS, Layout, shapes
 
 _COPIED = (
   'tokenizer.json', 'tokenizer_config.json', 'special_tokens_map.json',
@@ -26,9 +32,6 @@ _COPIED = (
   'modules.json', 'sentence_bert_config.json',
   'config_sentence_transformers.json', '1_Pooling/config.json',
 )  # fmt: skip
-_HEAD_FIELDS = (
-  'head', 'num_labels', 'pool', 'head_dense', 'head_bias', 'output_bias',
-)  # fmt: skip
 
 
 def save(
@@ -36,12 +39,13 @@ def save(
   config: Config,
   params: jt.Params,
   *,
-  source: str | os.PathLike,
+  source: str | os.PathLike | None = None,
 ) -> None:
   """Writes a model as transformers does: config.json and model.safetensors.
 
   The config.json of the source is kept but for the head, the classes and the
-  dtype; its tokenizer files are copied.
+  dtype; its tokenizer files are copied. Without a source, the fields are those
+  of a family that computes the same.
 
   A classifier that transformers does not have (the mean of the hidden states)
   goes with the base model's class: `AutoModel` loads the encoder, whose hidden
@@ -53,17 +57,20 @@ def save(
     directory: where to; made if absent.
     config: the model's shape; that of the source but for the head.
     params: its parameters, all float32 or all bfloat16.
-    source: directory of the checkpoint that the model comes from.
+    source: directory of the checkpoint that the model comes from, if any.
 
   Raises:
     FileNotFoundError: if the source has no config.json.
-    ValueError: if the config is not the source's, the parameters are not the
-      config's, or the directory has other weights.
+    ValueError: if the config is not the source's or no family has it, the
+      parameters are not the config's, or the directory has other weights.
   """
-  directory, source = os.fspath(directory), os.fspath(source)
-  path = os.path.join(source, 'config.json')
-  fields = hf_files.read_json(path)
-  layout = LAYOUTS[_check_config(config, fields, path)]
+  directory = os.fspath(directory)
+  check_savable(config)
+  if source is None:
+    fields = compose(config)
+  else:
+    fields = _source_fields(config, os.path.join(source, 'config.json'))
+  layout = LAYOUTS[fields['model_type']]
   dtype = _check_params(config, params)
   named = dict(keys.named_leaves(params))
   native = config.head != 'classify' or is_native(config)
@@ -72,38 +79,32 @@ def save(
   tensors = _tensors(config, layout, named, prefix)
   os.makedirs(directory, exist_ok=True)
   _check_empty(directory)
-  new = _new_fields(fields, layout, config, head, native, dtype, path)
+  new = _new_fields(fields, layout, config, head, native, dtype)
   code = 'F32' if dtype == 'float32' else 'BF16'
   hf_files.write(os.path.join(directory, 'model.safetensors'), tensors, code)
   with open(os.path.join(directory, 'config.json'), 'w') as file:
     file.write(json.dumps(new, indent=2, sort_keys=True) + '\n')
-  for name in _COPIED:
-    _copy(os.path.join(source, name), os.path.join(directory, name))
+  if source is not None:
+    for name in _COPIED:
+      _copy(os.path.join(source, name), os.path.join(directory, name))
 
 
-def _check_config(config, fields, path):
-  """The model_type, if the config is that of the fields but for the head."""
-  base = hf_config.read(fields, path)
-  heads = {name: getattr(config, name) for name in _HEAD_FIELDS}
-  base = dataclasses.replace(base, **heads)
+def _source_fields(config, path):
+  """The fields of a config.json, if it is the same model but for the head."""
+  fields = hf_files.read_json(path)
+  base, own = hf_config.read(fields, path), without_head(config)
   for field in dataclasses.fields(config):
-    ours, theirs = (getattr(x, field.name) for x in (config, base))
+    ours, theirs = (getattr(x, field.name) for x in (own, base))
     if ours != theirs:
       raise ValueError(
         f'config.{field.name} is {ours!r}, but {path} says {theirs!r}'
       )
-  if config.head == 'none' and config.embed_dim:
-    raise ValueError(
-      f'{path}: a model with word_embed_proj_dim {config.embed_dim} can only '
-      'be saved with a head'
-    )
-  return fields['model_type']
+  return fields
 
 
 def _check_params(config, params):
   """The dtype's name, if the parameters are those of the config."""
-  shapes = jax.eval_shape(lambda: transformer.init(config, jax.random.key(0)))
-  wanted = {name: x.shape for name, x in keys.named_leaves(shapes)}
+  wanted = shapes(config)
   found = dict(keys.named_leaves(params))
   if wrong := sorted(set(wanted) ^ set(found)):
     side = 'missing' if wrong[0] in wanted else 'not of this config'
@@ -127,7 +128,7 @@ def _tensors(
 ) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
   """Of every tensor of the file its shape and what makes it."""
   parts: dict[str, list[tuple[int, Callable[[], np.ndarray]]]] = {}
-  shapes: dict[str, tuple[int, ...]] = {}
+  sizes: dict[str, tuple[int, ...]] = {}
   for path, leaf in named.items():
     slot = layout.slot(path, config)
     stacked = '{}' in slot.name
@@ -140,9 +141,9 @@ def _tensors(
         _entry, leaf, i if stacked else None, slot.transposed
       )
       parts.setdefault(name, []).append((slot.part or 0, make))
-      shapes[name] = shape[::-1] if slot.transposed else shape
+      sizes[name] = shape[::-1] if slot.transposed else shape
   return {
-    name: (shapes[name], functools.partial(_join, makes))
+    name: (sizes[name], functools.partial(_join, makes))
     for name, makes in sorted(parts.items())
   }
 
@@ -158,7 +159,7 @@ def _entry(leaf, i, transposed):
   return value.T if transposed else value
 
 
-def _new_fields(fields, layout, config, head, native, dtype, path):
+def _new_fields(fields, layout, config, head, native, dtype):
   """The fields of the new config.json."""
   dropped = ('torch_dtype', 'dtype', 'auto_map', 'num_labels', POOL_FIELD)
   new = {name: x for name, x in fields.items() if name not in dropped}
@@ -167,7 +168,10 @@ def _new_fields(fields, layout, config, head, native, dtype, path):
     next(name for name, h in layout.architectures.items() if h == head)
   ]
   if config.head == 'classify':
-    if 'id2label' not in new or num_labels(new, path) != config.num_labels:
+    if (
+      'id2label' not in new
+      or num_labels(new, 'config.json') != config.num_labels
+    ):
       names = [f'LABEL_{i}' for i in range(config.num_labels)]
       new['id2label'] = {str(i): name for i, name in enumerate(names)}
       new['label2id'] = {name: i for i, name in enumerate(names)}
