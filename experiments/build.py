@@ -1,27 +1,18 @@
-"""From settings to objects: one entry per method, model and dataset."""
+"""From settings to methods: one entry each."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import optax
 
+from experiments import problem
 from experiments.config import Config, UsageError
 from jaxfl import keys, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.data import batching, python_text
 from jaxfl.methods import fed_avg, spsa
-from jaxfl.models import decoder
 from jaxfl.runtime import simulate
-
-
-class Model(NamedTuple):
-  """What an experiment needs to know of a model."""
-
-  params: jt.Params
-  loss_fn: jt.LossFn
-  evaluate: Callable[[jt.Params, jt.Batch], dict[str, float]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,12 +105,26 @@ def resolve(config: Config) -> Config:
       f'{stray[0]} does not apply to method {config.method}; it reads'
       f' {", ".join(sorted(entry.settings))}'
     )
+  kind = problem.kind_of(config)
+  reads = problem.SETTINGS[kind]
+  if stray := sorted(
+    changed & (frozenset().union(*problem.SETTINGS.values()) - reads)
+  ):
+    raise UsageError(
+      f'{stray[0]} does not apply to dataset {config.dataset}, which is of the'
+      f' kind {kind}; it reads {", ".join(sorted(reads))}'
+    )
   unset = {
     k: v
     for k, v in entry.defaults.items()
     if getattr(config, k) is None or k in own - entry.settings
   }
   return dataclasses.replace(config, **unset)
+
+
+def no_loss(params, batch):
+  """In place of a loss where none is evaluated: in servers and replays."""
+  raise AssertionError('a server step must not evaluate a loss')
 
 
 def build_method(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
@@ -129,47 +134,15 @@ def build_method(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
     UsageError: for combinations that the method refuses.
   """
   try:
-    return METHODS[config.method].build(config, loss_fn)
+    method = METHODS[config.method].build(config, loss_fn)
   except ValueError as error:
     raise UsageError(str(error)) from error
-
-
-def build_model(config: Config) -> Model:
-  """The embedded model, or one from a file of `experiments.pretrain`.
-
-  Raises:
-    UsageError: if there is no such file or it holds no model.
-  """
-  try:
-    if config.model == 'embedded':
-      shape, params = decoder.load_embedded()
-    else:
-      shape, params = decoder.load(config.model)
-  except (OSError, ValueError) as error:
-    raise UsageError(f'model {config.model!r}: {error}') from error
-  evaluate = decoder.make_evaluate(shape)
-
-  def held_out(params, batches):
-    values = evaluate(params, batches)
-    return {k: values[k] for k in ('bits_per_byte', 'accuracy')}
-
-  return Model(params, decoder.make_loss(shape), held_out)
-
-
-def build_task(config: Config) -> batching.Task:
-  """The default task, or the text in a directory.
-
-  Raises:
-    UsageError: if there is no such directory or too little text in it.
-  """
-  try:
-    if config.dataset == 'python_text':
-      return python_text.load(config.num_clients, length=config.sequence_length)
-    return python_text.from_files(
-      config.dataset, config.num_clients, length=config.sequence_length
+  if config.objective != 'loss' and method.backwards:
+    raise UsageError(
+      f'objective {config.objective} has no gradient, which method'
+      f' {config.method} needs; use objective loss or a zeroth-order method'
     )
-  except (OSError, ValueError) as error:
-    raise UsageError(f'dataset {config.dataset!r}: {error}') from error
+  return method
 
 
 def build_population(

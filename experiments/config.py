@@ -2,10 +2,11 @@
 
 import dataclasses
 import math
+import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfl import codecs, perturb, schedules
+from jaxfl import codecs, objectives, perturb, schedules
 from jaxfl.methods import spsa
 
 
@@ -13,44 +14,118 @@ class UsageError(Exception):
   """A mistake of the user's; the message says which setting and what to do."""
 
 
+def _setting(default: Any, text: str) -> Any:
+  """A field with the text of its flag."""
+  return dataclasses.field(default=default, metadata={'help': text})
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """All settings. None means the default of the chosen method."""
+  """All settings; each is a flag. None means the default of what it belongs to.
 
-  method: str = 'spsa'
-  model: str = 'embedded'
-  dataset: str = 'python_text'
-  num_clients: int = 8
-  participation_rate: float = 1.0
-  dropout_rate: float = 0.0
-  weighting: str = 'uniform'
-  num_rounds: int = 60
-  batch_size: int = 2
-  sequence_length: int = 128
-  learning_rate: float | None = None
-  schedule: str = 'constant'
-  warmup_rounds: int = 0
-  weight_decay: float = 0.0
+  The text of a field is in its metadata, as `help`.
+  """
+
+  method: str = _setting('spsa', 'Name of the method.')
+  # the model
+  model: str = _setting(
+    'embedded',
+    "'embedded', a directory in Hugging Face's layout or one written by"
+    ' experiments.pretrain, or a hub id.',
+  )
+  dtype: str = _setting(
+    'float32', 'Of the frozen weights and the forward pass.'
+  )
+  pool: str | None = _setting(
+    None, 'What a classification head reads: first, mean or last position.'
+  )
+  adapter: str = _setting(
+    'full', 'What is trained: full, lora, head, bias (and the head).'
+  )
+  lora_rank: int = _setting(8, 'Rank of a LoRA pair.')
+  lora_alpha: float = _setting(16.0, 'The pair is scaled by this / rank.')
+  lora_targets: str = _setting(
+    '*attention/[qv]/kernel', 'Patterns of parameter paths, with commas.'
+  )
+  # the data
+  dataset: str = _setting(
+    'python_text',
+    "'python_text', a task such as sst2 or dolly, a directory of text, a csv,"
+    ' json, jsonl, parquet or npz file, or a hub id.',
+  )
+  data_dir: str | None = _setting(None, 'Where the files of the tasks are.')
+  columns: str | None = _setting(
+    None, "Columns of your own data: 'text=sentence,label=sentiment'."
+  )
+  template: str | None = _setting(
+    None, "Prompt of your own data: '{text} It was {answer}'."
+  )
+  words: str | None = _setting(
+    None, 'Label words of your own data, in the order of the labels.'
+  )
+  form: str = _setting(
+    'auto',
+    'auto, head (classifier), words (one label word), candidates (likelihood'
+    ' of whole answers) or lm (loss on the response).',
+  )
+  length_normalised: bool = _setting(
+    True, 'Score candidates by the mean log-likelihood of a token, not the sum.'
+  )
+  sequence_length: int = _setting(128, 'Tokens of an example, at most.')
+  partition: str = _setting(
+    'iid', 'Of examples over clients: iid, dirichlet, label or column.'
+  )
+  dirichlet_alpha: float = _setting(0.5, 'Small: unlike clients.')
+  min_examples: int = _setting(1, 'Of a client, under a dirichlet partition.')
+  labels_per_client: int = _setting(2, 'Under a label partition.')
+  partition_column: str | None = _setting(
+    None, 'One client per value, under a column partition.'
+  )
+  # who takes part
+  num_clients: int = _setting(8, 'Clients in all.')
+  participation_rate: float = _setting(1.0, 'Share of them in a round.')
+  dropout_rate: float = _setting(0.0, 'Share of those that send nothing.')
+  weighting: str = _setting('uniform', 'Of clients: uniform or examples.')
+  # the optimisation
+  objective: str = _setting(
+    'loss', 'loss, accuracy (classes) or f1 (responses); zeroth order.'
+  )
+  num_rounds: int = _setting(60, 'Rounds.')
+  batch_size: int = _setting(2, 'Examples in a minibatch.')
+  learning_rate: float | None = _setting(None, 'Learning rate.')
+  schedule: str = _setting('constant', 'Of the learning rate.')
+  warmup_rounds: int = _setting(0, 'Rounds of linear warm-up.')
+  weight_decay: float = _setting(0.0, 'Decoupled weight decay.')
   # spsa
-  num_perturbations: int = 16
-  mu: float = 1e-3
-  mu_schedule: str = 'constant'
-  codec: str = 'log8'
-  codec_scale: float = 16.0
-  distribution: str = 'rademacher'
-  sides: str = 'two_sided'
-  scaling: str = 'mean'
-  weights: str = 'grid'
-  forward_dtype: str | None = None
+  num_perturbations: int = _setting(
+    16, 'Projected gradients per client and round.'
+  )
+  mu: float = _setting(1e-3, 'Perturbation radius.')
+  mu_schedule: str = _setting('constant', 'Of mu.')
+  codec: str = _setting('log8', 'Code of a projected gradient.')
+  codec_scale: float = _setting(16.0, 'Range of the codecs that have one.')
+  distribution: str = _setting('rademacher', 'Of the directions.')
+  sides: str = _setting('two_sided', 'two_sided or one_sided.')
+  scaling: str = _setting('mean', 'Of the projected gradients: mean or sum.')
+  weights: str = _setting('grid', 'grid (exact) or float32.')
+  forward_dtype: str | None = _setting(
+    None, 'In which the loss sees the trained weights.'
+  )
   # fed_avg, fed_sgd
-  local_steps: int = 8
-  server_lr: float = 1.0
-  server_momentum: float = 0.0
+  local_steps: int = _setting(8, 'Steps of a client in a round.')
+  server_lr: float = _setting(1.0, 'Learning rate of the server.')
+  server_momentum: float = _setting(0.0, 'Momentum of the server.')
   # the run
-  seed: int = 0
-  eval_every: int = 5
-  snapshot_every: int = 20
-  block_size: int = 1
+  seed: int = _setting(0, 'Seed of the run, 64 bits.')
+  eval_every: int = _setting(5, 'Rounds between evaluations.')
+  eval_examples: int = _setting(512, 'Held-out examples; 0 for all.')
+  eval_batch_size: int = _setting(32, 'Examples of an evaluation at once.')
+  generate_examples: int = _setting(
+    0, 'Held-out examples to answer at every evaluation, for Rouge-L.'
+  )
+  max_new_tokens: int = _setting(32, 'Of an answer.')
+  snapshot_every: int = _setting(20, 'Rounds between snapshots.')
+  block_size: int = _setting(1, 'Clients that are simulated at once.')
 
 
 _CHOICES = {
@@ -63,14 +138,31 @@ _CHOICES = {
   'scaling': spsa.SCALINGS,
   'weights': spsa.WEIGHTS,
   'forward_dtype': (None, 'bfloat16', 'float16', 'float32'),
+  'dtype': ('float32', 'bfloat16'),
+  'pool': (None, 'first', 'mean', 'last'),
+  'adapter': ('full', 'lora', 'head', 'bias'),
+  'form': ('auto', 'head', 'words', 'candidates', 'lm'),
+  'partition': ('iid', 'dirichlet', 'label', 'column'),
+  'objective': objectives.OBJECTIVES,
 }
 _POSITIVE = (
     'num_clients', 'num_rounds', 'batch_size', 'sequence_length',
     'learning_rate', 'num_perturbations', 'mu', 'codec_scale', 'local_steps',
-    'server_lr', 'eval_every', 'snapshot_every', 'block_size',
+    'server_lr', 'eval_every', 'snapshot_every', 'block_size', 'lora_rank',
+    'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
+    'max_new_tokens',
 )  # fmt: skip
-_NOT_NEGATIVE = ('warmup_rounds', 'weight_decay', 'seed')
+_NOT_NEGATIVE = (
+    'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',
+    'generate_examples',
+)  # fmt: skip
 _BELOW_ONE = ('dropout_rate', 'server_momentum')
+
+
+def types_of(field: dataclasses.Field) -> tuple[Any, ...]:
+  """The types of a setting, without None."""
+  kinds = typing.get_args(field.type) or (field.type,)
+  return tuple(kind for kind in kinds if kind is not type(None))
 
 
 def from_mapping(values: Mapping[str, Any]) -> Config:
@@ -90,24 +182,25 @@ def from_mapping(values: Mapping[str, Any]) -> Config:
         f'unknown setting {name!r}; there are: {", ".join(sorted(fields))}'
       )
   typed: dict[str, Any] = {
-    name: _typed(name, value, fields[name].type)
-    for name, value in values.items()
+    name: _typed(fields[name], value) for name, value in values.items()
   }
   config = Config(**typed)
   _check(config)
   return config
 
 
-def _typed(name, value, kind):
+def _typed(field, value):
   """The value as its field's type; ints pass for floats."""
-  kinds = kind.__args__ if hasattr(kind, '__args__') else (kind,)
-  if value is None and type(None) in kinds:
+  kinds = types_of(field)
+  if value is None and field.default is None:
     return None
   if float in kinds and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
-  if isinstance(value, bool) or not isinstance(value, kinds):
-    expected = ' or '.join(k.__name__ for k in kinds if k is not type(None))
-    raise UsageError(f'{name} must be of type {expected}, got {value!r}')
+  if isinstance(value, bool) != (kinds == (bool,)) or not isinstance(
+    value, kinds
+  ):
+    expected = ' or '.join(kind.__name__ for kind in kinds)
+    raise UsageError(f'{field.name} must be of type {expected}, got {value!r}')
   return value
 
 

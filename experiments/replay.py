@@ -2,7 +2,11 @@
 
 python -m experiments.replay --workdir=DIR
 python -m experiments.replay --workdir=DIR --until_round=50
-python -m experiments.replay --workdir=DIR --out=model.safetensors
+python -m experiments.replay --workdir=DIR --out=trained.safetensors
+python -m experiments.replay --workdir=DIR --out=model/
+
+The first form of `--out` is what was trained, under the names that the log has;
+the second is the whole model, in the layout that it was loaded from.
 """
 
 import dataclasses
@@ -14,11 +18,12 @@ import numpy as np
 from absl import app, flags, logging
 from safetensors.numpy import save_file
 
-from experiments import build, progress
+from experiments import build, problem, progress, session
 from experiments import workdir as workdir_lib
 from experiments.config import UsageError, from_mapping
 from jaxfl import checkpoint, digest, keys, metrics
 from jaxfl import log as log_lib
+from jaxfl.models import native
 from jaxfl.runtime import replay, simulate
 
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Directory of the run.')
@@ -26,13 +31,11 @@ _UNTIL = flags.DEFINE_integer(
   'until_round', None, 'Stop after so many rounds; default all in the log.'
 )
 _OUT = flags.DEFINE_string(
-  'out', None, 'Write the weights to this safetensors file.'
+  'out',
+  None,
+  'Where to write the weights: NAME.safetensors for what was trained, any other'
+  ' name for a directory with the whole model.',
 )
-
-
-def no_loss(params, batch):
-  """A server step evaluates no loss: there are no data in a replay."""
-  raise AssertionError('a replay must not evaluate a loss')
 
 
 def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
@@ -43,7 +46,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
     until_round: rounds to replay; default all.
 
   Returns:
-    The params after them, and the number of rounds.
+    The trained params after them, the number of rounds, and the log's header.
 
   Raises:
     UsageError: if there is no run, its log or base is damaged, or the log has
@@ -60,13 +63,11 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           f'{workdir.log} was written under {header.spec!r}; this version'
           f' implements {keys.SPEC!r}'
         )
-      settings = dict(header.config)
-      settings.pop('data_digest', None)
-      config = from_mapping(settings)
+      config = from_mapping(session.settings_of(header))
       base = checkpoint.load_base(
         workdir.base, header.params, header.base_digest
       )
-      method = build.build_method(config, no_loss)
+      method = build.build_method(config, build.no_loss)
       uniform = dataclasses.replace(config, weighting='uniform')
       population = build.build_population(uniform, method, None)  # its size
       state, rounds = method.init(base), 0
@@ -87,7 +88,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
     raise UsageError(str(error)) from error
   if error := method.check(state):
     raise UsageError(f'{workdir.log}: {error}')
-  return state.params, rounds
+  return state.params, rounds, header
 
 
 def main(argv):
@@ -98,21 +99,42 @@ def main(argv):
       raise UsageError('--workdir is needed: the directory of a run')
     if _UNTIL.value is not None and _UNTIL.value < 0:
       raise UsageError(f'until_round must be >= 0, got {_UNTIL.value}')
-    params, rounds = rebuild(_WORKDIR.value, _UNTIL.value)
-    print_result(params, rounds, workdir_lib.Workdir(_WORKDIR.value))
+    workdir = workdir_lib.Workdir(_WORKDIR.value)
+    params, rounds, header = rebuild(_WORKDIR.value, _UNTIL.value)
+    compare(params, rounds, workdir)
+    if _OUT.value:
+      write(params, header, workdir, _OUT.value)
+      print(f'weights written to {_OUT.value}')
   except (UsageError, ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
-def print_result(params, rounds, workdir):
-  """Prints the digest beside the live run's, and writes the weights."""
+def write(params, header, workdir, out: str) -> None:
+  """Writes the trained tensors to a file, or the whole model to a directory."""
+  if out.endswith('.safetensors'):
+    tensors = {k: np.asarray(x) for k, x in keys.named_leaves(params)}
+    save_file(tensors, out, metadata={'digest': digest.digest(params)})
+    return
+  if not workdir.model.exists():
+    raise UsageError(
+      f'{workdir.path} trained a linear layer, not a model; --out must end in'
+      ' .safetensors'
+    )
+  config = from_mapping(session.settings_of(header))
+  problem.export(
+    config,
+    native.from_json(json.loads(workdir.model.read_text())),
+    params,
+    header.config['frozen_digest'],
+    out,
+  )
+
+
+def compare(params, rounds, workdir):
+  """Prints the digest beside the live run's."""
   found = digest.digest(params)
   print(f'rebuilt {rounds} rounds from {workdir.log}')
   print(f'digest {found}')
-  if _OUT.value:
-    tensors = {k: np.asarray(x) for k, x in keys.named_leaves(params)}
-    save_file(tensors, _OUT.value, metadata={'digest': found})
-    print(f'weights written to {_OUT.value}')
   live = live_digest(workdir, rounds)
   if live is None:
     print('the live run recorded no digest for this round')

@@ -28,13 +28,17 @@ def table(summary: dict[str, Any]) -> Table:
   result.add_column('value', justify='right')
   for name in summary['before']:
     before, after = summary['before'][name], summary['after'][name]
+    best = summary['best'][name]
     result.add_row(
-      f'held-out {name.replace("_", " ")}, before -> after',
-      f'{before:.4f} -> {after:.4f}',
+      f'held-out {name.replace("_", " ")}',
+      f'{before:.4f} -> {after:.4f} (best {best["value"]:.4f} after'
+      f' {best["round"]})',
     )
   clients, rounds = summary['num_clients'], summary['rounds']
   result.add_row('clients, rounds', f'{clients}, {rounds}')
-  result.add_row('parameters', f'{summary["num_params"]:,}')
+  result.add_row('parameters trained', f'{summary["num_params"]:,}')
+  if summary['num_frozen']:
+    result.add_row('parameters frozen', f'{summary["num_frozen"]:,}')
   result.add_row('bytes up, all clients', amount(summary['bytes_up']))
   result.add_row('bytes down, all clients', amount(summary['bytes_down']))
   if summary['projected_grads']:

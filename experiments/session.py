@@ -2,22 +2,24 @@
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-import jax
 from absl import logging
 
-from experiments import report
+from experiments import build, report
+from experiments import problem as problem_lib
 from experiments.config import Config, UsageError
 from experiments.workdir import Workdir, write_json
-from jaxfl import checkpoint, keys, metrics, wire
+from jaxfl import adapters, checkpoint, keys, metrics, wire
 from jaxfl import digest as digest_lib
 from jaxfl import log as log_lib
 from jaxfl import method as method_lib
-from jaxfl import typing as jt
+from jaxfl.models import native
 from jaxfl.runtime import simulate
 
+DIGESTS = ('data_digest', 'frozen_digest')  # in a log beside the settings
 TOTALS = (
   'bytes_up', 'bytes_down', 'forwards', 'backwards', 'projected_grads'
 )  # fmt: skip
@@ -28,8 +30,7 @@ def open_session(
   config: Config,
   workdir: Workdir,
   method: method_lib.Method,
-  base: jt.Params,
-  data_digest: str,
+  problem: problem_lib.Problem,
 ) -> Iterator['Session']:
   """Starts the run of a directory, or finds where it was left.
 
@@ -37,8 +38,7 @@ def open_session(
     config: resolved settings.
     workdir: claimed by `workdir.claim`.
     method: the method.
-    base: the parameters to start from.
-    data_digest: of the clients' data, which a run can't change.
+    problem: data and model, neither of which a run can change.
 
   Yields:
     The session; log and snapshots are on disk when the context ends.
@@ -47,26 +47,38 @@ def open_session(
     UsageError: if the directory's log or base are of another run or damaged.
   """
   try:
-    log = _open_log(config, workdir, method, base, data_digest)
+    log = _open_log(config, workdir, method, problem)
   except (ValueError, OSError) as error:
     raise UsageError(str(error)) from error
   snapshots = checkpoint.Snapshots(workdir.snapshots)
   try:
-    yield Session(config, workdir, method, base, log, snapshots)
+    yield Session(config, workdir, method, problem, log, snapshots)
   finally:
     snapshots.close()
     log.close()
 
 
-def _open_log(config, workdir, method, base, data_digest):
+def settings_of(header: log_lib.Header) -> dict[str, Any]:
+  """The settings that a run was started with."""
+  return {k: v for k, v in header.config.items() if k not in DIGESTS}
+
+
+def _open_log(config, workdir, method, problem):
+  base = problem.params
+  digests = dict.fromkeys(DIGESTS, '') | {
+    'data_digest': problem.task.digest,
+    'frozen_digest': digest_lib.digest(problem.frozen),
+  }
   header = log_lib.Header(
     spec=keys.SPEC,
     base_digest=digest_lib.digest(base),
-    config=dataclasses.asdict(config) | {'data_digest': data_digest},
+    config=dataclasses.asdict(config) | digests,
     params=wire.describe(base),
     message=wire.describe(method.message(base)),
   )
   if not workdir.log.exists():
+    if problem.shape is not None:
+      write_json(workdir.model, native.to_json(problem.shape))
     checkpoint.save_base(workdir.base, base)
     checkpoint.load_base(workdir.base, header.params, header.base_digest)
     return log_lib.RoundLog.create(workdir.log, header)
@@ -93,10 +105,17 @@ class Session:
     ledger: totals since the start: bytes, passes, seconds.
   """
 
-  def __init__(self, config, workdir, method, base, log, snapshots):
+  def __init__(self, config, workdir, method, problem, log, snapshots):
     self.config, self.workdir, self.log = config, workdir, log
     self._method, self._snapshots = method, snapshots
-    self._num_params = sum(x.size for x in jax.tree.leaves(base))
+    self._problem, base = problem, problem.params
+    self._programs = simulate.compile_method(
+      method,
+      build=lambda frozen: build.build_method(
+        config, functools.partial(problem.loss_fn, frozen)
+      ),
+      frozen=problem.frozen,
+    )
     self.state = method.init(base)
     self.round = 0
     self.ledger: dict[str, Any] = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
@@ -122,9 +141,9 @@ class Session:
       return False
     return True
 
-  def rounds(self, task, population) -> Iterator[simulate.Round]:
+  def rounds(self, population) -> Iterator[simulate.Round]:
     """Runs the rounds that are left."""
-    batch_fn = lambda round, client: task.batches(
+    batch_fn = lambda round, client: self._problem.task.batches(
       self.config.seed,
       client,
       round,
@@ -141,6 +160,7 @@ class Session:
       local=self._local,
       log=self.log,
       block_size=self.config.block_size,
+      programs=self._programs,
     ):
       self.round, self.state, self._local = done.round, done.state, done.local
       for name in TOTALS:
@@ -184,15 +204,18 @@ class Session:
     """Writes `summary.json` and `curve.png`; returns the summary."""
     rows = metrics.read(self.workdir.metrics)
     at = lambda r: {x.metric: x.value for x in rows if x.round == r}
+    names = [row.metric for row in rows if row.round == 0]
     summary = {
       'method': self.config.method,
       'task': task,
       'seed': self.config.seed,
       'num_clients': self.config.num_clients,
-      'num_params': int(self._num_params),
+      'num_params': adapters.count(self._problem.params),
+      'num_frozen': adapters.count(self._problem.frozen),
       'rounds': self.round,
       'before': at(0),
       'after': at(self.round),
+      'best': {name: _best(rows, name) for name in names},
       'digest': digest_lib.digest(self.state.params),
       'base_digest': self.log.header.base_digest,
       'log_digest': self.log.digest,
@@ -202,3 +225,9 @@ class Session:
     write_json(self.workdir.summary, summary)
     report.curve(rows, rows[0].metric, self.workdir.curve)
     return summary
+
+
+def _best(rows, name) -> dict[str, float]:
+  """The best value of a metric in a run, and after which round it was."""
+  row = metrics.best(rows, name)
+  return {'value': row.value, 'round': row.round}

@@ -7,6 +7,7 @@ python -m experiments.train --method=spsa --codec=sign1 --config.mu=2e-3
 """
 
 import contextlib
+import dataclasses
 import datetime
 import math
 import pathlib
@@ -17,9 +18,9 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments import build, progress, report, session
+from experiments import build, problem, progress, report, session
 from experiments import workdir as workdir_lib
-from experiments.config import Config, UsageError, from_mapping
+from experiments.config import Config, UsageError, from_mapping, types_of
 
 
 @contextlib.contextmanager
@@ -47,30 +48,18 @@ _NOT_FINITE = (
   'round %d: a loss is not finite; such contributions are rejected by all. If'
   ' it lasts, lower the learning rate.'
 )
-_PLAIN = {
-  'method': flags.DEFINE_string('method', None, 'Name of the method.'),
-  'model': flags.DEFINE_string(
-    'model', None, "'embedded' or a file written by experiments.pretrain."
-  ),
-  'dataset': flags.DEFINE_string(
-    'dataset', None, "'python_text' or a directory of text, one entry a client."
-  ),
-  'num_clients': flags.DEFINE_integer('num_clients', None, 'Clients in all.'),
-  'participation_rate': flags.DEFINE_float(
-    'participation_rate', None, 'Share of the clients sampled in a round.'
-  ),
-  'num_rounds': flags.DEFINE_integer('num_rounds', None, 'Rounds.'),
-  'batch_size': flags.DEFINE_integer(
-    'batch_size', None, 'Examples in a minibatch.'
-  ),
-  'num_perturbations': flags.DEFINE_integer(
-    'num_perturbations', None, 'Projected gradients per client and round.'
-  ),
-  'mu': flags.DEFINE_float('mu', None, 'Perturbation radius.'),
-  'learning_rate': flags.DEFINE_float('learning_rate', None, 'Learning rate.'),
-  'codec': flags.DEFINE_string('codec', None, 'Code of a projected gradient.'),
-  'seed': flags.DEFINE_integer('seed', None, 'Seed of the run, 64 bits.'),
-}
+
+
+def _define(field: dataclasses.Field) -> flags.FlagHolder:
+  """The flag of a setting; None unless it is given."""
+  kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
+  kinds |= {float: flags.DEFINE_float, bool: flags.DEFINE_bool}
+  define = kinds[types_of(field)[0]]
+  default = '' if field.default is None else f' Default {field.default!r}.'
+  return define(field.name, None, field.metadata['help'] + default)
+
+
+_SETTINGS = {f.name: _define(f) for f in dataclasses.fields(Config)}
 
 
 def asked_for() -> tuple[Config, set[str]]:
@@ -84,7 +73,7 @@ def asked_for() -> tuple[Config, set[str]]:
   given = set(config_flags.get_override_values(flags.FLAGS['config']))
   if flags.FLAGS['config'].present:
     given |= set(values)
-  for name, flag in _PLAIN.items():
+  for name, flag in _SETTINGS.items():
     if flag.value is not None:
       values[name] = flag.value
       given.add(name)
@@ -105,33 +94,30 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
     UsageError: if settings and directory, log or base do not fit.
   """
   workdir = workdir_lib.Workdir(directory)
-  task = build.build_task(config)
-  model = build.build_model(config)
-  method = build.build_method(config, model.loss_fn)
+  method = build.build_method(config, build.no_loss)
+  found = problem.build(config)
+  task = found.task
   population = build.build_population(config, method, task.num_examples)
+  if found.notes:
+    print(found.notes)
   workdir_lib.claim(workdir, config)
   started = time.monotonic()
-  with session.open_session(
-    config, workdir, method, model.params, task.digest
-  ) as live:
+  with session.open_session(config, workdir, method, found) as live:
     past = live.ledger['wall_s']
     wall_s = lambda: past + time.monotonic() - started
 
-    def evaluate(state):
-      return model.evaluate(state.params, task.eval_batches)
-
     if live.round == 0:
-      live.record(task.name, evaluate(live.state), wall_s())
+      live.record(task.name, found.evaluate(live.state.params), wall_s())
     with (
       progress.stop_on_signals() as stop,
       progress.bar(config.num_rounds, live.round) as advance,
     ):
       shown = {}
-      for done in live.rounds(task, population):
+      for done in live.rounds(population):
         last = done.round == config.num_rounds
         values = {}
         if last or done.round % config.eval_every == 0:
-          values = evaluate(done.state)
+          values = found.evaluate(done.state.params)
           live.record(task.name, values, wall_s())
         if last or stop.asked or done.round % config.snapshot_every == 0:
           live.snapshot(wall_s())

@@ -18,6 +18,7 @@ class Workdir:
     self.metrics = self.path / 'metrics.jsonl'
     self.summary = self.path / 'summary.json'
     self.curve = self.path / 'curve.png'
+    self.model = self.path / 'model.json'
     self.log = self.path / 'rounds.log'
     self.base = self.path / 'base'
     self.snapshots = self.path / 'snapshots'

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+LOWER_IS_BETTER = ('loss', 'perplexity', 'bits_per_byte')  # others: higher
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,3 +58,21 @@ def keep_until(path: str | os.PathLike, round: int) -> None:
   temporary.unlink(missing_ok=True)
   append(temporary, rows)
   os.replace(temporary, path)
+
+
+def best(rows: Sequence[Row], metric: str) -> Row:
+  """The row with the best value of a metric, the earliest of equals.
+
+  Args:
+    rows: of one run.
+    metric: the name; values that are not finite are never the best of several.
+
+  Raises:
+    ValueError: if there is no such row.
+  """
+  chosen = [row for row in rows if row.metric == metric]
+  if not chosen:
+    raise ValueError(f'no row has the metric {metric!r}')
+  sign = 1 if metric in LOWER_IS_BETTER else -1
+  bad = lambda row: not math.isfinite(row.value)
+  return min(chosen, key=lambda row: math.inf if bad(row) else sign * row.value)

@@ -10,13 +10,13 @@ import dataclasses
 
 from ml_collections import config_dict
 
-from experiments.config import Config
+from experiments.config import Config, types_of
 
 
 def get_config() -> config_dict.ConfigDict:
-  """All settings with their defaults; None takes that of the method."""
+  """All settings with their defaults; None means what the rest suggests."""
   values = dataclasses.asdict(Config())
-  kinds = {'learning_rate': float, 'forward_dtype': str}
-  for name, kind in kinds.items():
-    values[name] = config_dict.placeholder(kind)
+  for field in dataclasses.fields(Config):
+    if values[field.name] is None:  # a placeholder knows its type
+      values[field.name] = config_dict.placeholder(types_of(field)[0])
   return config_dict.ConfigDict(values)

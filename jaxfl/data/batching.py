@@ -94,3 +94,11 @@ def window_batches(
     return {'tokens': windows[client_id].draw(rng, (num_batches, batch_size))}
 
   return batches
+
+
+def pick(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
+  """Draws int64[size] in [0, count), none again before all have come."""
+  if count >= size:
+    return rng.choice(count, size, replace=False)
+  rounds = [rng.permutation(count) for _ in range(-(-size // count))]
+  return np.concatenate(rounds)[:size]

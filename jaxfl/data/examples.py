@@ -28,9 +28,6 @@ import numpy as np
 from jaxfl import digest as digest_lib
 from jaxfl.data import batching
 
-# name -> [..., T] with T in its last axis but so many
-_SHORTER = {'tokens': 0, 'mask': 0, 'types': 0, 'weights': 1}
-
 
 def buckets(longest: int, max_length: int) -> tuple[int, ...]:
   """The lengths to pad to, the last of which holds the longest example.
@@ -165,36 +162,6 @@ class Examples:
     }
 
 
-def stack(
-  batches: Sequence[Mapping[str, np.ndarray]], pad_id: int = 0
-) -> dict[str, np.ndarray]:
-  """Batches of several clients as one, padded to the longest of them.
-
-  The longest has the length of a bucket, and so has the result.
-
-  Args:
-    batches: as `Examples.take`, alike but for their length T.
-    pad_id: fills the tokens that are masked.
-
-  Returns:
-    Arrays with a new leading axis.
-  """
-  longest = max(batch['tokens'].shape[-1] for batch in batches)
-
-  def pad(name, x):
-    if name not in _SHORTER:
-      return x
-    missing = longest - _SHORTER[name] - x.shape[-1]
-    widths = [(0, 0)] * (x.ndim - 1) + [(0, missing)]
-    fill = pad_id if name == 'tokens' else 0
-    return np.pad(x, widths, constant_values=fill) if missing else x
-
-  return {
-    name: np.stack([pad(name, batch[name]) for batch in batches])
-    for name in batches[0]
-  }
-
-
 def task(
   train: Examples,
   test: Examples,
@@ -225,7 +192,7 @@ def task(
       without replacement; all if None.
     seed: of that draw.
     vary_length: whether every call of `batches` has the smallest bucket that
-      holds what it draws; clients then differ, and `stack` makes them alike.
+      holds what it draws; clients then differ (see `runtime.stacking`).
       Otherwise all have the last bucket.
 
   Raises:
@@ -240,7 +207,9 @@ def task(
   def batches(seed, client_id, round, num_batches, batch_size):
     rng = batching.generator(seed, client_id, round)
     own = clients[client_id]
-    picks = [_pick(rng, len(own), batch_size) for _ in range(num_batches)]
+    picks = [
+      batching.pick(rng, len(own), batch_size) for _ in range(num_batches)
+    ]
     return train.take(own[np.stack(picks)], length)
 
   sizes = np.array([len(indices) for indices in clients], np.int64)
@@ -290,14 +259,6 @@ def _check(train, test, clients, names, eval_batch_size, eval_examples):
       )
     if len(np.unique(indices)) < len(indices):
       raise ValueError(f'client {name!r} has an example twice')
-
-
-def _pick(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
-  """int64[size] in [0, count), none again before all have come."""
-  if count >= size:
-    return rng.choice(count, size, replace=False)
-  rounds = [rng.permutation(count) for _ in range(-(-size // count))]
-  return np.concatenate(rounds)[:size]
 
 
 def _eval_batches(test, batch_size, count, seed) -> dict[str, np.ndarray]:

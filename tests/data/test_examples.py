@@ -131,19 +131,6 @@ class TestTake:
       _make([3, 4]).take([index])
 
 
-def test_stack_pads_to_the_longest():
-  starts = np.ones(2, np.int32)
-  e = _make([3, 40], form='lm', starts=starts, seconds=starts)
-  short, long = e.take([0]), e.take([1])
-  both = examples.stack([short, long], pad_id=-7)
-  assert both['tokens'].shape == (2, 1, 48)
-  assert both['weights'].shape == (2, 1, 47)
-  for i, batch in enumerate((e.take([0], 48), long)):
-    for name, x in batch.items():
-      np.testing.assert_array_equal(both[name][i], x)
-      assert both[name].dtype == x.dtype
-
-
 class TestTask:
   partition = (np.arange(0, 10), np.arange(10, 13))
 

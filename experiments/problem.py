@@ -1,0 +1,460 @@
+"""From settings to a problem: data, a model, what is trained and measured.
+
+Three kinds of data, each with the settings that it reads:
+
+  * text: the default task, or a directory of text; any stretch is an example.
+  * features: a linear layer on an npz file of features (`jaxfl.data.features`).
+  * rows: everything else; a task by name, a file, a folder or a hub id.
+"""
+
+import functools
+import pathlib
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from absl import logging
+
+from experiments.config import Config, UsageError
+from jaxfl import adapters, keys, objectives, responses
+from jaxfl import digest as digest_lib
+from jaxfl import typing as jt
+from jaxfl.data import (
+  batching,
+  catalog,
+  encode,
+  examples,
+  features,
+  partition,
+  python_text,
+  templates,
+)
+from jaxfl.data import rows as rows_lib
+from jaxfl.data import tokenizer as tokenizer_lib
+from jaxfl.models import config as model_config
+from jaxfl.models import hf, native
+
+MINILM_SST2 = 'minilm_sst2'  # features of the shared data
+_MINILM_SST2_FILE = 'minilm_reference/sst2_mean_pool_f16.npz'
+_ROWS_SETTINGS = frozenset(
+  {'columns', 'template', 'words', 'form', 'length_normalised', 'pool'}
+  | {'generate_examples', 'max_new_tokens', 'eval_examples'}
+)
+_PARTITION = frozenset(
+  {'data_dir', 'partition', 'dirichlet_alpha', 'min_examples'}
+  | {'labels_per_client', 'partition_column', 'objective'}
+)
+_MODEL = frozenset(
+  {'model', 'dtype', 'adapter', 'lora_rank', 'lora_alpha', 'lora_targets'}
+  | {'sequence_length'}
+)
+SETTINGS = {
+  'text': _MODEL | {'eval_examples'},
+  'features': _PARTITION,
+  'rows': _ROWS_SETTINGS | _PARTITION | _MODEL,
+}
+
+
+_PARTITIONS = {
+  'iid': 'iid',
+  'dirichlet': 'dirichlet',
+  'label': 'by_label',
+  'column': 'by_column',
+}
+
+
+class Problem(NamedTuple):
+  """What an experiment needs to know of data and model.
+
+  Attributes:
+    task: the clients' data.
+    params: what is trained, a pytree of float arrays.
+    frozen: the rest of the weights.
+    loss_fn: frozen, params, batch -> float[].
+    evaluate: params -> held-out metrics by name; the first is the main one.
+    shape: of the model; None for a linear layer on features.
+    notes: lines to show before the run.
+  """
+
+  task: batching.Task
+  params: jt.Params
+  frozen: jt.Params
+  loss_fn: Callable[[jt.Params, jt.Params, jt.Batch], jax.Array]
+  evaluate: Callable[[jt.Params], dict[str, float]]
+  shape: model_config.Config | None
+  notes: str = ''
+
+
+class Model(NamedTuple):
+  """A model as it was read."""
+
+  shape: model_config.Config
+  params: jt.Params
+  directory: pathlib.Path | None  # None for the embedded one
+
+
+def kind_of(config: Config) -> str:
+  """Which kind of data the dataset of a config is; see the module."""
+  name = config.dataset
+  if name == MINILM_SST2 or name.endswith('.npz'):
+    return 'features'
+  path = pathlib.Path(name)
+  if name == 'python_text' or (path.is_dir() and not has_splits(path)):
+    return 'text'
+  return 'rows'
+
+
+def has_splits(path: pathlib.Path) -> bool:
+  """Whether a folder has files named train.* (csv, json, jsonl, parquet)."""
+  return any(path.glob('train.*'))
+
+
+def build(config: Config) -> Problem:
+  """The problem of a resolved config.
+
+  Raises:
+    UsageError: naming the setting, file or field that is wrong.
+  """
+  kind = kind_of(config)
+  try:
+    if kind == 'features':
+      return _features(config)
+    return _text(config) if kind == 'text' else _rows(config)
+  except (OSError, ValueError, IndexError) as error:
+    raise UsageError(blame(config, error)) from error
+
+
+def blame(config: Config, error: Exception) -> str:
+  """An error of model or data, with what was asked for."""
+  return f'model {config.model!r}, dataset {config.dataset!r}: {error}'
+
+
+def load_model(
+  config: Config,
+  head: str | None,
+  *,
+  num_labels: int | None = None,
+) -> Model:
+  """The model with a head: `lm`, `mlm`, `classify`, or None for its own."""
+  key = jax.random.key(config.seed)
+  pool = config.pool if head == 'classify' else None
+  options = {'head': head, 'num_labels': num_labels, 'pool': pool, 'key': key}
+  if config.model == 'embedded' or native.is_native(config.model):
+    directory = None if config.model == 'embedded' else config.model
+    shape, params = native.load(directory, **options)
+    return Model(shape, params, pathlib.Path(directory) if directory else None)
+  found = hf.load(config.model, dtype=config.dtype, **options)
+  if found.fresh:
+    logging.info('new weights: %s', ', '.join(found.fresh))
+  return Model(found.config, found.params, pathlib.Path(found.source_dir))
+
+
+def load_tokenizer(model: Model) -> tokenizer_lib.Tokenizer:
+  """The tokenizer that came with a model."""
+  if model.directory is None or native.is_native(model.directory):
+    return tokenizer_lib.load('bytes')
+  return tokenizer_lib.load(model.directory)
+
+
+def make_adapter(
+  config: Config, shape: model_config.Config
+) -> adapters.Adapter:
+  """The adapter of a config, for a model of that shape."""
+  head = ('head/*',) if shape.head == 'classify' else ('lm_head/*',)
+  also = head if shape.head == 'classify' else ()
+  if config.adapter == 'lora':
+    return adapters.lora(
+      rank=config.lora_rank,
+      alpha=config.lora_alpha,
+      targets=tuple(config.lora_targets.split(',')),
+      also=also,
+    )
+  if config.adapter == 'head':
+    return adapters.head_only(patterns=head)
+  if config.adapter == 'bias':
+    return adapters.bias_only(also=also)
+  return adapters.full()
+
+
+def _assemble(config, model, task, loss_fn, evaluate, notes='') -> Problem:
+  """The problem over what the adapter trains."""
+  adapter = make_adapter(config, model.shape)
+  params, frozen = adapter.init(model.params, keys.root(config.seed))
+  merge = jax.jit(adapter.merge)
+  return Problem(
+    task=task,
+    params=params,
+    frozen=frozen,
+    loss_fn=lambda frozen, params, batch: loss_fn(
+      adapter.merge(frozen, params), batch
+    ),
+    evaluate=lambda params: evaluate(merge(frozen, params)),
+    shape=model.shape,
+    notes=notes,
+  )
+
+
+def export(
+  config: Config,
+  shape: model_config.Config,
+  params: jt.Params,
+  frozen_digest: str,
+  directory: str,
+) -> None:
+  """Writes the whole model, in the layout that it was loaded from.
+
+  Args:
+    config: of the run.
+    shape: of its model.
+    params: what was trained; their paths matter, not their structure.
+    frozen_digest: of the weights that were not trained.
+    directory: to write; must not exist.
+
+  Raises:
+    UsageError: if the directory exists, or the base model isn't what it was.
+  """
+  if pathlib.Path(directory).exists():
+    raise UsageError(f'out: {directory} exists; choose another directory')
+  labels = shape.num_labels if shape.head == 'classify' else None
+  model = load_model(config, shape.head, num_labels=labels)
+  adapter = make_adapter(config, shape)
+  _, frozen = adapter.init(model.params, keys.root(config.seed))
+  if model.shape != shape or digest_lib.digest(frozen) != frozen_digest:
+    raise UsageError(
+      f'model {config.model!r} is not what it was when the run was made'
+    )
+  merged = jax.tree.map(np.asarray, adapter.merge(frozen, params))
+  if model.directory is None or native.is_native(model.directory):
+    native.save(directory, shape, merged)
+  else:
+    hf.save(directory, shape, merged, source=model.directory)
+
+
+def _text(config: Config) -> Problem:
+  options = {
+    'length': config.sequence_length,
+    'eval_batch_size': config.eval_batch_size,
+    'eval_examples': config.eval_examples or 10**9,
+  }
+  model = load_model(config, 'lm')
+  if load_tokenizer(model).vocab_size != 256:
+    raise ValueError(
+      'text is read as bytes, which this model is not made for; use'
+      ' --model=embedded, or a --dataset of rows'
+    )
+  if config.dataset == 'python_text':
+    task = python_text.load(config.num_clients, **options)
+  else:
+    task = python_text.from_files(config.dataset, config.num_clients, **options)
+  measure = objectives.evaluate_lm(model.shape)
+
+  def evaluate(params):
+    values = measure(params, task.eval_batches)
+    return {
+      'bits_per_byte': values['bits_per_token'],
+      'accuracy': values['accuracy'],
+    }
+
+  loss_fn = objectives.lm_loss(model.shape)
+  return _assemble(config, model, task, loss_fn, evaluate)
+
+
+def _features(config: Config) -> Problem:
+  path = pathlib.Path(config.dataset)
+  if config.dataset == MINILM_SST2:
+    if config.data_dir is None:
+      raise ValueError('needs --data_dir, the folder of the shared data')
+    path = pathlib.Path(config.data_dir) / _MINILM_SST2_FILE
+  arrays = features.load(path)
+  rows = [{'label': int(y)} for y in arrays['y_train']]
+  parts, notes = _split(config, rows, 'label', ())
+  task = features.task(arrays, parts, name=path.stem)
+  num_labels = 1 + int(max(arrays['y_train'].max(), arrays['y_test'].max()))
+  width = arrays['f_train'].shape[1]
+  out = {
+    'kernel': np.zeros((width, num_labels), np.float32),
+    'bias': np.zeros(num_labels, np.float32),
+  }
+  scores = objectives.class_scores(None, 'features')
+  loss_fn = objectives.classification_loss(scores, config.objective)
+  measure = objectives.evaluate_classes(scores, num_labels)
+  return Problem(
+    task=task,
+    params={'head': {'out': out}},
+    frozen=(),
+    loss_fn=lambda frozen, params, batch: loss_fn(params, batch),
+    evaluate=lambda params: measure(params, task.eval_batches),
+    shape=None,
+    notes=notes,
+  )
+
+
+def _split(config, rows, label_field, label_names):
+  """The clients' indices, and lines that describe them."""
+  parts = partition.partition(
+    _PARTITIONS[config.partition],
+    rows,
+    num_clients=config.num_clients,
+    seed=config.seed,
+    alpha=config.dirichlet_alpha,
+    min_size=max(config.min_examples, 1),
+    column=config.partition_column,
+    labels_per_client=config.labels_per_client,
+  )
+  column = config.partition_column or label_field
+  values = None
+  if column and all(column in row for row in rows):
+    values = [row[column] for row in rows]
+  named = label_names if column == 'label' else ()
+  return parts, partition.describe(parts, values, named)
+
+
+def _rows(config: Config) -> Problem:
+  data = catalog.load(
+    config.dataset,
+    data_dir=config.data_dir,
+    columns=rows_lib.parse_columns(config.columns),
+  )
+  template = template_of(config, data) if data.label_names else None
+  model, form = _choose_form(config, template, data)
+  tokenizer = load_tokenizer(model)
+  encoded = functools.partial(
+    encode.encode,
+    template=template,
+    tokenizer=tokenizer,
+    max_length=config.sequence_length,
+    kind='causal' if model.shape.causal else 'masked',
+    positions=model.shape.max_positions or None,
+  )
+  parts, notes = _split(
+    config, data.train, 'label' if data.label_names else None, data.label_names
+  )
+  train = encoded(data.train, form=form)
+  test = encoded(data.test, form=form)
+  task = examples.task(
+    train,
+    test,
+    parts,
+    name=data.name,
+    eval_batch_size=config.eval_batch_size,
+    eval_examples=config.eval_examples or None,
+    vary_length=True,
+  )
+  if form == 'lm':
+    loss_fn, evaluate = _lm(config, model, tokenizer, task, data, encoded)
+  else:
+    scores = objectives.class_scores(
+      model.shape,
+      form,
+      label_ids=tuple(() if train.label_ids is None else train.label_ids),
+      length_normalised=config.length_normalised,
+    )
+    loss_fn = objectives.classification_loss(scores, config.objective)
+    measure = objectives.evaluate_classes(scores, train.num_labels)
+    evaluate = lambda params: measure(params, task.eval_batches)
+  return _assemble(config, model, task, loss_fn, evaluate, notes)
+
+
+def _lm(config, model, tokenizer, task, data, encoded):
+  """Loss and evaluation of responses."""
+  if config.objective == 'accuracy':
+    raise ValueError('objective accuracy needs classes; use loss or f1')
+  eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+  loss_fn = objectives.lm_loss(model.shape)
+  if config.objective == 'f1':
+    loss_fn = objectives.generation_loss(
+      model.shape, max_new_tokens=config.max_new_tokens, eos_ids=eos_ids
+    )
+  measure = objectives.evaluate_lm(model.shape)
+  answer = compare = None
+  if config.generate_examples:
+    chosen = np.linspace(
+      0, len(data.test) - 1, min(config.generate_examples, len(data.test))
+    )
+    rows = [data.test[int(i)] for i in chosen]
+    prompts = encoded(rows, form='prompt')
+    answer = responses.make_answer(
+      model.shape,
+      tokenizer,
+      prompts,
+      max_new_tokens=config.max_new_tokens,
+      batch_size=config.eval_batch_size,
+    )
+    compare = functools.partial(
+      responses.compare,
+      references=prompts.references,
+      final_numbers=config.dataset == 'gsm8k',
+    )
+
+  def evaluate(params):
+    values = measure(params, task.eval_batches)
+    shown = {k: values[k] for k in ('loss', 'perplexity', 'accuracy')}
+    if answer is not None and compare is not None:
+      shown |= compare(answer(params))
+    return shown
+
+  return loss_fn, evaluate
+
+
+def template_of(config: Config, data: rows_lib.Dataset) -> templates.Template:
+  """The dataset's own template, the one of the settings, or the bare fields."""
+  words = tuple(x.strip() for x in (config.words or '').split(',') if x)
+  if words and len(words) != len(data.label_names):
+    raise ValueError(
+      f'words are {", ".join(words)}; expected one for each of the labels'
+      f' {", ".join(data.label_names)}'
+    )
+  if config.template is not None:
+    return templates.custom(
+      config.template,
+      words or data.label_names,
+      labels=data.label_names,
+      name=data.name,
+    )
+  if config.dataset in templates.TEMPLATES:
+    own = templates.match_labels(
+      templates.named(config.dataset), data.label_names
+    )
+    return own._replace(words=words) if words else own
+  if words:
+    raise ValueError('words need a template, such as "{text} It was {answer}"')
+  return templates.bare(data.name, data.train[0], data.label_names)
+
+
+def _choose_form(config, template, data) -> tuple[Model, str]:
+  """The form of the data, and the model with the head that it needs."""
+  if not data.label_names:
+    if config.form not in ('auto', 'lm'):
+      raise ValueError(f'form {config.form} needs labels; use form lm')
+    return load_model(config, 'lm'), 'lm'
+  if config.form == 'lm':
+    raise ValueError('form lm is for responses; use words or candidates')
+  form, model = config.form, None
+  if form == 'auto':
+    model = load_model(config, None)
+    form = _natural_form(model, template)
+  if form == 'head':
+    count = len(data.label_names)
+    return load_model(config, 'classify', num_labels=count), form
+  model = model or load_model(config, None)
+  head = 'lm' if model.shape.causal else 'mlm'
+  if model.shape.head != head:
+    model = load_model(config, head)
+  return model, form
+
+
+def _natural_form(model, template) -> str:
+  """Label words if there are any and the model can score them, else a head."""
+  if not model.shape.causal:
+    usable = model.shape.head == 'mlm' and template.masked
+    return 'words' if usable else 'head'
+  if not template.causal:
+    return 'head'
+  if template.choices:
+    return 'candidates'
+  try:
+    encode.label_ids(template, load_tokenizer(model), 'causal')
+  except ValueError:  # a word of several tokens
+    return 'candidates'
+  return 'words'

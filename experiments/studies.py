@@ -1,0 +1,81 @@
+"""The settings of the studies; see `experiments.study` and README.md."""
+
+from typing import Any, NamedTuple
+
+
+class Study(NamedTuple):
+  """Settings to compare.
+
+  Attributes:
+    title: of table and picture.
+    settings: what every setting is called, and the flags of its runs.
+    metrics: to report; the first is drawn.
+    x: what it is drawn against, from the fields of a result row.
+    seeds: how many.
+    needs: flags that the user must give: data_dir, model.
+    log_x: whether the axes are logarithmic.
+  """
+
+  title: str
+  settings: dict[str, dict[str, Any]]
+  metrics: tuple[str, ...]
+  x: tuple[str, ...] = ('forwards', 'bytes_up')
+  seeds: int = 3
+  needs: tuple[str, ...] = ('data_dir',)
+  log_x: bool = False
+
+
+_HEAD = {
+  'dataset': 'minilm_sst2',
+  'num_clients': 8,
+  'num_perturbations': 8,
+  'num_rounds': 1000,
+  'batch_size': 32,
+  'mu': 0.01,
+  'learning_rate': 0.1,
+  'schedule': 'linear',
+  'eval_every': 50,
+  'snapshot_every': 500,
+  'block_size': 8,
+}
+_SMALL = {'num_perturbations': 1, 'learning_rate': 0.03}
+
+_ENCODER = {
+  'dataset': 'sst2',
+  'form': 'head',
+  'sequence_length': 48,
+  'num_clients': 4,
+  'num_perturbations': 1,
+  'num_rounds': 120,
+  'batch_size': 32,
+  'mu': 1e-3,
+  'learning_rate': 8e-4,
+  'eval_every': 12,
+  'snapshot_every': 40,
+}
+
+STUDIES = {
+  'minilm_head': Study(
+    'A head of 770 parameters on MiniLM features of SST-2, 8 clients',
+    {
+      'one byte, 64,000 directions': _HEAD,
+      'float32, 64,000 directions': _HEAD | {'codec': 'float32'},
+      'one bit, 64,000 directions': _HEAD
+      | {'codec': 'sign1', 'codec_scale': 0.5},
+      'one byte, 8,000 directions': _HEAD | _SMALL,
+      'float32, 8,000 directions': _HEAD | _SMALL | {'codec': 'float32'},
+    },
+    ('accuracy', 'loss'),
+    seeds=5,
+  ),
+  'minilm_full': Study(
+    'MiniLM-L6, all 22.6 M parameters, on SST-2, 4 clients',
+    {
+      'one byte, signs, grid': _ENCODER,
+      'float32, Gaussian': _ENCODER
+      | {'codec': 'float32', 'distribution': 'gaussian', 'weights': 'float32'},
+    },
+    ('loss', 'accuracy'),
+    needs=('data_dir', 'model'),
+  ),
+}

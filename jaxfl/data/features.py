@@ -1,0 +1,120 @@
+"""A classification task on given features: linear probing.
+
+What a frozen encoder makes of every example is computed once
+(`experiments.features`) and kept in an npz file; a run then trains a linear
+layer on it, thousands of steps a second.
+"""
+
+import os
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxfl import digest as digest_lib
+from jaxfl.data import batching
+
+ARRAYS = ('f_train', 'y_train', 'f_test', 'y_test')
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+  """Reads features and labels.
+
+  Args:
+    path: an npz file with `f_train` and `f_test`, float[N, D], and `y_train`
+      and `y_test`, integer[N]; further arrays are left alone.
+
+  Returns:
+    The four arrays, float32 and int32.
+
+  Raises:
+    FileNotFoundError: if there is no such file.
+    ValueError: if an array is missing, has a wrong shape, or holds values that
+      are not finite or no labels.
+  """
+  if not os.path.isfile(path):
+    raise FileNotFoundError(f'no features at {os.fspath(path)!r}')
+  with np.load(path, allow_pickle=False) as file:
+    missing = [name for name in ARRAYS if name not in file]
+    if missing:
+      raise ValueError(
+        f'{os.fspath(path)!r} lacks {", ".join(missing)}; it has'
+        f' {", ".join(sorted(file))}'
+      )
+    found = {name: file[name] for name in ARRAYS}
+  for split in ('train', 'test'):
+    f, y = found[f'f_{split}'], found[f'y_{split}']
+    width = found['f_train'].shape[-1]
+    if (
+      f.ndim != 2 or y.shape != f.shape[:1] or f.shape[1] != width or not y.size
+    ):
+      raise ValueError(
+        f'{os.fspath(path)!r}: f_{split} must be [N, {width}] and y_{split} [N]'
+        f' with N > 0, got {f.shape} and {y.shape}'
+      )
+    if y.dtype.kind not in 'iu' or y.min() < 0:
+      raise ValueError(
+        f'{os.fspath(path)!r}: y_{split} must hold labels 0, 1, ...'
+      )
+    if f.dtype.kind != 'f' or not np.isfinite(f).all():
+      raise ValueError(
+        f'{os.fspath(path)!r}: f_{split} must hold finite floats'
+      )
+  return {
+    name: x.astype(np.float32 if name[0] == 'f' else np.int32)
+    for name, x in found.items()
+  }
+
+
+def task(
+  arrays: dict[str, np.ndarray],
+  partition: Sequence[np.ndarray],
+  *,
+  name: str,
+  eval_batch_size: int = 512,
+) -> batching.Task:
+  """A task whose batches are `features` float32[B, D] and `label` int32[B].
+
+  Args:
+    arrays: of `load`.
+    partition: indices int[n] of the train examples of every client.
+    name: of the task.
+    eval_batch_size: examples in a batch of the evaluation; the last is filled
+      up with examples whose `example_weight` is 0.
+
+  Raises:
+    ValueError: if a client has no example.
+  """
+  for client, own in enumerate(partition):
+    if not len(own):
+      raise ValueError(f'client {client} has no data; use fewer clients')
+  features, label = arrays['f_train'], arrays['y_train']
+
+  def batches(seed, client_id, round, num_batches, batch_size):
+    rng = batching.generator(seed, client_id, round)
+    own = partition[client_id]
+    picks = [
+      batching.pick(rng, len(own), batch_size) for _ in range(num_batches)
+    ]
+    chosen = own[np.stack(picks)]
+    return {'features': features[chosen], 'label': label[chosen]}
+
+  count = len(arrays['y_test'])
+  size = min(eval_batch_size, count)
+  order = np.resize(np.arange(count), -(-count // size) * size)
+  shape = (-1, size)
+  return batching.Task(
+    name=name,
+    num_examples=np.array([len(own) for own in partition], np.int64),
+    batches=batches,
+    eval_batches={
+      'features': arrays['f_test'][order].reshape(*shape, features.shape[1]),
+      'label': arrays['y_test'][order].reshape(shape),
+      'example_weight': (np.arange(len(order)) < count)
+      .astype(np.float32)
+      .reshape(shape),
+    },
+    client_names=tuple(f'client {i}' for i in range(len(partition))),
+    digest=digest_lib.digest(
+      [arrays[name] for name in ARRAYS] + [np.asarray(x) for x in partition]
+    ),
+  )
