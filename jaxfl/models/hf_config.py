@@ -231,7 +231,7 @@ def _gemma_windows(
 def _layer_types(f: Fields, default: tuple[bool, ...]) -> tuple[bool, ...]:
   kinds = {'full_attention': False, 'sliding_attention': True}
   types = f.items('layer_types')
-  if unknown := [x for x in types if x not in kinds]:
+  if unknown := [x for x in types if x not in tuple(kinds)]:
     raise f.error(
       f'layer_types has {unknown[0]!r}, expected one of {", ".join(kinds)}'
     )
@@ -323,7 +323,7 @@ def read(values: Mapping[str, Any], where: str = 'config.json') -> Config:
       matter. The text names the field.
   """
   kind = values.get('model_type')
-  if kind not in _READERS:
+  if not isinstance(kind, str) or kind not in _READERS:
     raise ValueError(
       f'{where}: model_type is {kind!r}, expected one of {", ".join(_READERS)}'
     )

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 
 DTYPES = {'F32': np.float32, 'BF16': ml_dtypes.bfloat16}
 _READABLE = DTYPES | {'F16': np.float16, 'F64': np.float64}
-_PIECE = 1 << 23  # bytes read at a time
+_PIECE = 1 << 22  # bytes read at a time
 _OTHER = ('.bin', '.pt', '.pth', '.ckpt', '.h5', '.msgpack', '.onnx', '.gguf')
 
 

@@ -97,8 +97,9 @@ def is_native(config: Config) -> bool:
 def own_head(fields: Mapping[str, Any], layout: Layout, where: str):
   """The head that `architectures` names, None if there is no such field."""
   names = fields.get('architectures') or []
+  names = names if isinstance(names, list) else [names]
   for name in names:
-    if name not in layout.architectures:
+    if name not in tuple(layout.architectures):
       raise ValueError(
         f'{where}: architectures has {name!r}, expected one of '
         f'{", ".join(layout.architectures)}'
@@ -111,9 +112,12 @@ def own_head(fields: Mapping[str, Any], layout: Layout, where: str):
 def num_labels(fields: Mapping[str, Any], where: str) -> int:
   """The number of classes of a config.json; 2 if it does not say."""
   names = fields.get('id2label')
-  found = fields.get('num_labels') or (2 if names is None else len(names))
+  found = fields.get('num_labels') or (2 if names is None else names)
+  found = len(found) if isinstance(found, dict) else found
   if not isinstance(found, int) or found < 1:
-    raise ValueError(f'{where}: num_labels is {found!r}, expected >= 1')
+    raise ValueError(
+      f'{where}: num_labels or id2label is {found!r}, expected classes'
+    )
   return found
 
 

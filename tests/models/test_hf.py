@@ -18,8 +18,10 @@ from tests.models.hf_tools import (
   FIXTURES,
   NAMES,
   at_real,
+  changed,
   checkpoint,
   logits,
+  random_params,
   reference,
 )
 
@@ -55,10 +57,10 @@ def test_there_and_back(name, tmp_path):
     json.loads((x / 'config.json').read_text())
     for x in (FIXTURES / name, tmp_path)
   )
-  changed = {
+  different = {
     x for x in before.keys() | after.keys() if before.get(x) != after.get(x)
   }
-  assert changed <= {'id2label', 'label2id'}  # spelled out for two classes
+  assert different <= {'id2label', 'label2id'}  # spelled out for two classes
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -74,14 +76,14 @@ def test_export_of_a_model_from_nowhere(tmp_path):
     vocab_size=8, num_layers=2, model_dim=4, num_heads=2, num_kv_heads=2,
     head_dim=2, mlp_dim=6, max_positions=8, learned_positions=True,
   )  # fmt: skip
-  params = transformer.init(config, jax.random.key(0))
+  params = random_params(config)
   hf.save(tmp_path, config, params)
   found = hf.load(tmp_path)
   assert found.config == config
-  assert_same(found.params, jax.tree.map(np.asarray, params))
+  assert_same(found.params, params)
   odd = Config(**{**vars(config), 'activation': 'relu2', 'embed_norm': True})
   with pytest.raises(ValueError, match='no Hugging Face family'):
-    hf.save(tmp_path / 'b', odd, transformer.init(odd, jax.random.key(0)))
+    hf.save(tmp_path / 'b', odd, random_params(odd))
   assert not (tmp_path / 'b').exists()
 
 
@@ -100,6 +102,16 @@ def test_bfloat16_and_back(name, tmp_path):
   assert_same(hf.load(tmp_path, dtype='bfloat16').params, want)
   floats = jax.tree.map(lambda x: x.astype(np.float32), want)
   assert_same(hf.load(tmp_path).params, floats)
+
+
+def test_half_precision_is_read(tmp_path):
+  halve = lambda found: {x: y.astype(np.float16) for x, y in found.items()}
+  half = changed('gpt2', tmp_path / 'a', tensors=halve, dtype='float16')
+  want = jax.tree.map(
+    lambda x: x.astype(np.float16).astype(np.float32),
+    checkpoint('gpt2').params,
+  )
+  assert_same(hf.load(half).params, want)
 
 
 def test_large_tensors_come_in_pieces(monkeypatch):
