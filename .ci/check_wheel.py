@@ -10,17 +10,17 @@ import numpy as np
 from jaxfl import digest, keys, perturb
 from jaxfl.data import python_text
 from jaxfl.methods import spsa
-from jaxfl.models import decoder
+from jaxfl.models import byte_text, native
 from jaxfl.runtime import simulate
 
 site = pathlib.Path(sys.argv[1]).resolve()
 top = {p.name for p in site.iterdir() if not p.name.endswith('.dist-info')}
 assert top == {'jaxfl'}, f'the wheel installs more than jaxfl: {top}'
-for module in (jaxfl.kernels, perturb, decoder):
+for module in (jaxfl.kernels, perturb, native):
   assert site in pathlib.Path(module.__file__).resolve().parents, module
-config, params = decoder.load_embedded()
+config, params = native.load_embedded()
 method = spsa.spsa(
-  decoder.make_loss(config), keys.root(0), learning_rate=1e-4, mu=1e-3
+  byte_text.make_loss(config), keys.root(0), learning_rate=1e-4, mu=1e-3
 )
 task = python_text.load(2, length=16)
 batches = lambda round, client: task.batches(0, client, round, 1, 2)

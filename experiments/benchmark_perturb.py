@@ -42,7 +42,7 @@ from jaxfl import keys as keys_lib
 from jaxfl import method as method_lib
 from jaxfl import perturb
 from jaxfl.methods import spsa
-from jaxfl.models import decoder
+from jaxfl.models import byte_text, native
 
 _OUT = flags.DEFINE_string('out', None, 'JSON file for the results.')
 _REPEATS = flags.DEFINE_integer('repeats', 30, 'Repeats of every measurement.')
@@ -58,7 +58,7 @@ def large() -> dict[str, jax.Array]:
 
 def model() -> dict[str, jax.Array]:
   """The tensors of the embedded model, 0.82 M entries."""
-  return dict(keys_lib.named_leaves(decoder.load_embedded()[1]))
+  return dict(keys_lib.named_leaves(native.load_embedded()[1]))
 
 
 def operations(params) -> dict[str, tuple[Callable, tuple, int]]:
@@ -193,8 +193,8 @@ def measure_step(repeats: int) -> dict[str, float]:
   Returns:
     Medians, and the ratio of a round to its forward passes alone.
   """
-  config, params = decoder.load_embedded()
-  loss_fn = decoder.make_loss(config)
+  config, params = native.load_embedded()
+  loss_fn = byte_text.make_loss(config)
   clients, perturbations = 8, 4
   method = spsa.spsa(
     loss_fn,

@@ -1,18 +1,16 @@
-"""Trains the decoder that `jaxfl` carries, and writes its model card.
+"""Trains the byte model that `jaxfl` carries, and writes its model card.
 
     python -m experiments.pretrain --data_dir=../shared/data
 
 The text: CC0 books of Standard Ebooks and, for a small share of the windows,
 the help topics of the running Python (`pydoc_data/topics.py`): English about
-Python with short examples. So the decoder has met the characters of code, but
+Python with short examples. So the model has met the characters of code, but
 has read no module: those are what the clients of `jaxfl.data.python_text` have.
 A run is a function of its flags, the books and the Python version.
 """
 
-import dataclasses
 import gzip
 import hashlib
-import json
 import pathlib
 import platform
 import sys
@@ -26,7 +24,8 @@ from absl import app, flags, logging
 
 from jaxfl import keys
 from jaxfl.data import python_text
-from jaxfl.models import decoder
+from jaxfl.models import byte_text, native, transformer
+from jaxfl.models.config import Config
 
 _DATA = flags.DEFINE_string(
   'data_dir', None, 'Folder that has standard_ebooks/*.txt.gz.', required=True
@@ -113,9 +112,9 @@ def batch_at(step, texts, *, seed, batch_size, length, topics_fraction):
   )
 
 
-def make_step(config: decoder.Config, optimizer):
+def make_step(config: Config, optimizer):
   """One compiled step: params, state, tokens -> params, state, loss."""
-  loss_fn = decoder.make_loss(config)
+  loss_fn = byte_text.make_loss(config)
 
   @jax.jit
   def step(params, state, tokens):
@@ -128,7 +127,7 @@ def make_step(config: decoder.Config, optimizer):
 
 def evaluate(config, params, texts, length) -> dict[str, dict[str, float]]:
   """Metrics on the validation text of both sources and on the default task."""
-  run = decoder.make_evaluate(config)
+  run = byte_text.make_evaluate(config)
   rng = np.random.Generator(np.random.Philox(key=[0, 0]))
   results = {
     name: run(
@@ -142,16 +141,17 @@ def evaluate(config, params, texts, length) -> dict[str, dict[str, float]]:
   return results
 
 
-CARD = """# The embedded decoder
+CARD = """# The embedded byte model
 
-A byte-level decoder for demonstrations of fine-tuning: too small to write
+A decoder of bytes for demonstrations of fine-tuning: too small to write
 useful text.
 
 | | |
 |---|---|
 | weights | `model.safetensors`, sha256 `{digest}` |
 | parameters | {num_params:,}, float32 |
-| config | `{config}` |
+| shape | {num_layers} layers, width {model_dim}, {num_heads} heads, \
+{mlp_dim} hidden units; `config.json` |
 | training | {steps:,} AdamW steps of {batch_size} windows of {length} bytes \
 ({tokens:,} bytes), cosine from {lr}, weight decay {weight_decay}, seed {seed} |
 | mixture | {topics_percent:g} % of the windows are help topics |
@@ -199,7 +199,10 @@ def write_card(path, params, losses, sources, seconds, config):
   text = CARD.format(
     digest=hashlib.sha256(weights).hexdigest(),
     num_params=sum(x.size for x in jax.tree.leaves(params)),
-    config=json.dumps(dataclasses.asdict(config)),
+    num_layers=config.num_layers,
+    model_dim=config.model_dim,
+    num_heads=config.num_heads,
+    mlp_dim=config.mlp_dim,
     steps=_STEPS.value,
     batch_size=_BATCH.value,
     length=_LENGTH.value,
@@ -222,9 +225,9 @@ def write_card(path, params, losses, sources, seconds, config):
   (path / 'MODEL_CARD.md').write_text(text)
 
 
-def train(config: decoder.Config, texts) -> jax.Array:
+def train(config: Config, texts) -> jax.Array:
   """Trains from random weights; returns the parameters."""
-  params = decoder.init(config, jax.random.key(_SEED.value))
+  params = transformer.init(config, jax.random.key(_SEED.value))
   schedule = optax.warmup_cosine_decay_schedule(
     0.0, _LR.value, min(200, _STEPS.value // 10), _STEPS.value
   )
@@ -273,7 +276,7 @@ def main(_):
   books, topics = read_books(_DATA.value), read_topics()
   parts = split(books), split(topics)
   trains, valids = ([part[i] for part in parts] for i in range(2))
-  config = decoder.Config(
+  config = byte_text.make_config(
     num_layers=_LAYERS.value,
     model_dim=_DIM.value,
     num_heads=_HEADS.value,
@@ -284,8 +287,7 @@ def main(_):
   seconds = time.perf_counter() - start
   losses = evaluate(config, params, valids, _LENGTH.value)
   path = pathlib.Path(_OUT.value)
-  path.mkdir(parents=True, exist_ok=True)
-  decoder.save(path / 'model.safetensors', config, params)
+  native.save(path, config, params)
   write_card(path, params, losses, (books, topics), seconds, config)
   logging.info('wrote %s: %s', path, losses)
 
