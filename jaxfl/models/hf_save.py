@@ -52,6 +52,7 @@ def save(
   states are the same, and reports the classifier's tensors as unexpected.
   `load` here reads the whole of it. Loading such a directory as a
   ...ForSequenceClassification gives a random pooler: transformers says so.
+  A BERT without classifier is saved without its pooler, which it does not use.
 
   Args:
     directory: where to; made if absent.

@@ -91,9 +91,9 @@ CASES = {
     hf.LlamaConfig(
       **MODERN, head_dim=12,
       rope_parameters=rope(
-        5e2, rope_type='yarn', factor=4.0, beta_fast=2.0, mscale=0.7,
-        mscale_all_dim=0.4, truncate=False, beta_slow=0.5,
-        original_max_position_embeddings=8,
+        20.0, rope_type='yarn', factor=2.0, beta_fast=1.5, beta_slow=0.25,
+        truncate=False, mscale=0.7, mscale_all_dim=0.4,
+        original_max_position_embeddings=16,
       ),
     ),
   ),
@@ -126,6 +126,7 @@ CASES = {
       **MODERN, use_sliding_window=True, sliding_window=4, max_window_layers=1,
       rope_parameters=rope(5e2), tie_word_embeddings=False,
     ),
+    ('layers',),
   ),
   'qwen3': (
     hf.Qwen3ForCausalLM,
@@ -147,7 +148,7 @@ CASES = {
       attn_logit_softcapping=0.7, final_logit_softcapping=1.5,
       rope_parameters=rope(5e2), attn_implementation='eager',
     ),
-    ('old',),
+    ('old', 'layers'),
   ),
   'gemma3': (
     hf.Gemma3ForCausalLM,
@@ -170,7 +171,7 @@ CASES = {
         'sliding_attention': rope(5e2),
       },
     ),
-    ('old', 'pattern'),
+    ('old', 'layers', 'pattern'),
   ),
   'bert': (hf.BertModel, hf.BertConfig(**ENCODER, hidden_act='relu')),
   'bert_classify': (
@@ -261,10 +262,9 @@ def edit(directory, changes):
     if not local:
       values['type'] = values.pop('rope_type')
     fields['rope_scaling'] = None if default else values
-    if fields['model_type'] == 'gemma2':
-      fields.pop('layer_types')  # every other one, by default
+  if 'layers' in changes:
+    fields.pop('layer_types')  # they follow from other fields
   if 'pattern' in changes:
-    fields.pop('layer_types')
     fields['sliding_window_pattern'] = fields.pop('_sliding_window_pattern')
   if 'gelu' in changes:
     fields |= {'hidden_act': 'gelu', 'hidden_activation': None}
