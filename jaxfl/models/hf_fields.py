@@ -28,13 +28,14 @@ _ACTIVATIONS = {
 _HARMLESS = (
   'architectures', 'attn_pdrop', 'auto_map', 'bad_words_ids',
   'begin_suppress_tokens', 'cache_implementation',
-  'chunk_size_feed_forward', 'classifier_dropout', 'do_sample',
-  'diversity_penalty', 'dropout', 'dtype', 'early_stopping', 'embd_pdrop',
-  'encoder_no_repeat_ngram_size', 'exponential_decay_length_penalty',
-  'finetuning_task', 'gradient_checkpointing', 'id2label', 'init_std',
-  'initializer_range', 'is_llama_config', 'jaxfl_pool', 'label2id',
-  'layerdrop', 'length_penalty', 'max_length', 'min_length', 'model_type',
-  'n_ctx', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams',
+  'chunk_size_feed_forward', 'classifier_dropout', 'directionality',
+  'diversity_penalty', 'do_sample', 'dropout', 'dtype', 'early_stopping',
+  'embd_pdrop', 'encoder_no_repeat_ngram_size',
+  'exponential_decay_length_penalty', 'finetuning_task',
+  'gradient_checkpointing', 'id2label', 'init_std', 'initializer_range',
+  'is_llama_config', 'jaxfl_pool', 'label2id', 'language', 'layerdrop',
+  'length_penalty', 'max_length', 'min_length', 'model_type', 'n_ctx',
+  'name', 'no_repeat_ngram_size', 'num_beam_groups', 'num_beams',
   'num_labels', 'num_return_sequences', 'output_attentions',
   'output_hidden_states', 'output_past', 'output_scores',
   'predict_special_tokens', 'prefix', 'pretraining_tp', 'problem_type',
@@ -46,7 +47,7 @@ _HARMLESS = (
   'transformers_version', 'typical_p', 'use_bfloat16', 'use_cache',
 )  # fmt: skip
 _HARMLESS_STARTS = ('summary_', 'unsloth_', '_name_or_path', '_commit_hash')
-_HARMLESS_STARTS += ('_attn_implementation',)
+_HARMLESS_STARTS += ('_attn_implementation', 'pooler_')
 _HARMLESS_ENDS = ('_dropout', '_dropout_prob', '_token_id', '_token_ids')
 
 

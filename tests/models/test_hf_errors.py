@@ -123,6 +123,27 @@ def test_both_spellings_mean_the_same():
   assert hf_config.read(old).rope.original_max_positions == 24
 
 
+@pytest.mark.parametrize(
+  ('name', 'fields'),
+  [
+    # as in checkpoints on the hub: bookkeeping, and features that are off
+    ('bert', {'directionality': 'bidi', 'pooler_type': 'first_token_transform',
+              'pooler_fc_size': 768, 'gradient_checkpointing': False}),
+    ('xlm_roberta', {'language': 'english', 'name': 'X', 'output_past': True}),
+    ('opt', {'prefix': '</s>', 'activation_dropout': 0.0}),
+    ('gpt2', {'n_ctx': 32, 'task_specific_params': {'a': {'max_length': 5}}}),
+    ('llama_31', {'is_llama_config': True, 'rope_interleaved': False,
+                  'transformers.js_config': {'dtype': 'q4'}}),
+    ('qwen2', {'use_mrope': False}),
+    ('gemma2', {'cache_implementation': 'hybrid', 'sliding_window_size': 4,
+                'hidden_act': 'gelu_pytorch_tanh'}),
+  ],
+)  # fmt: skip
+def test_fields_that_do_not_matter(name, fields):
+  old = fields_of(name)
+  assert hf_config.read(old | fields) == hf_config.read(old)
+
+
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_a_changed_field_is_never_an_accident(data):
