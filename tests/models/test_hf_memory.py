@@ -82,7 +82,7 @@ def growth(tmp_path, source, dtype):
   ('stored', 'dtype', 'layers', 'dim', 'vocab'),
   [
     ('F32', 'float32', 6, 512, 8192),
-    ('BF16', 'float32', 6, 512, 8192),
+    pytest.param('BF16', 'float32', 6, 512, 8192, marks=pytest.mark.slow),
     pytest.param('F32', 'bfloat16', 6, 512, 8192, marks=pytest.mark.slow),
     pytest.param(
       'F32', 'float32', 8, 1024, 16384, marks=pytest.mark.slow
