@@ -184,16 +184,7 @@ class ClassHead(nn.Module):
   @nn.compact
   def __call__(self, hidden, mask):
     c = self.config
-    real = jnp.ones(hidden.shape[:2]) if mask is None else mask
-    real = real.astype(hidden.dtype)
-    if c.pool == 'mean':
-      total = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
-      x = jnp.einsum('btd,bt->bd', hidden, real) / total
-    elif c.pool == 'last':
-      last = jnp.maximum(_last(real), 0)
-      x = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    else:
-      x = hidden[:, 0]
+    x = pool(c.pool, hidden, mask)
     init = nn.initializers.normal(0.02)
     if c.head_dense:
       x = jnp.tanh(nn.Dense(c.model_dim, kernel_init=init, name='dense')(x))
@@ -205,7 +196,23 @@ class ClassHead(nn.Module):
     return out(x).astype(jnp.float32)
 
 
-def _last(real):
-  """The last real position of every row, int32[B]."""
-  length = real.shape[1]
-  return length - 1 - jnp.argmax(real[:, ::-1] > 0, axis=1)
+def pool(how: str, hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
+  """One vector of every row.
+
+  Args:
+    how: `first`, `mean` or `last` of the real positions.
+    hidden: [B, T, D].
+    mask: [B, T], nonzero where a position is real; None for all.
+
+  Returns:
+    [B, D].
+  """
+  if how == 'first':
+    return hidden[:, 0]
+  real = jnp.ones(hidden.shape[:2]) if mask is None else mask
+  real = real.astype(hidden.dtype)
+  if how == 'mean':
+    total = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
+    return jnp.einsum('btd,bt->bd', hidden, real) / total
+  last = hidden.shape[1] - 1 - jnp.argmax(real[:, ::-1] > 0, axis=1)
+  return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
