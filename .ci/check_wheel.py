@@ -7,10 +7,10 @@ import jax
 import jaxfl.kernels
 import numpy as np
 
-from jaxfl import digest, keys, perturb
+from jaxfl import digest, keys, objectives, perturb
 from jaxfl.data import python_text
 from jaxfl.methods import spsa
-from jaxfl.models import byte_text, native
+from jaxfl.models import native
 from jaxfl.runtime import simulate
 
 site = pathlib.Path(sys.argv[1]).resolve()
@@ -20,7 +20,7 @@ for module in (jaxfl.kernels, perturb, native):
   assert site in pathlib.Path(module.__file__).resolve().parents, module
 config, params = native.load_embedded()
 method = spsa.spsa(
-  byte_text.make_loss(config), keys.root(0), learning_rate=1e-4, mu=1e-3
+  objectives.lm_loss(config), keys.root(0), learning_rate=1e-4, mu=1e-3
 )
 task = python_text.load(2, length=16)
 batches = lambda round, client: task.batches(0, client, round, 1, 2)

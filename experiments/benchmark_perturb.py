@@ -40,9 +40,9 @@ from absl import app, flags
 
 from jaxfl import keys as keys_lib
 from jaxfl import method as method_lib
-from jaxfl import perturb
+from jaxfl import objectives, perturb
 from jaxfl.methods import spsa
-from jaxfl.models import byte_text, native
+from jaxfl.models import native
 
 _OUT = flags.DEFINE_string('out', None, 'JSON file for the results.')
 _REPEATS = flags.DEFINE_integer('repeats', 30, 'Repeats of every measurement.')
@@ -194,7 +194,7 @@ def measure_step(repeats: int) -> dict[str, float]:
     Medians, and the ratio of a round to its forward passes alone.
   """
   config, params = native.load_embedded()
-  loss_fn = byte_text.make_loss(config)
+  loss_fn = objectives.lm_loss(config)
   clients, perturbations = 8, 4
   method = spsa.spsa(
     loss_fn,

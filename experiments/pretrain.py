@@ -22,9 +22,9 @@ import numpy as np
 import optax
 from absl import app, flags, logging
 
-from jaxfl import keys
+from jaxfl import keys, objectives
 from jaxfl.data import python_text
-from jaxfl.models import byte_text, native, transformer
+from jaxfl.models import native, transformer
 from jaxfl.models.config import Config
 
 _DATA = flags.DEFINE_string(
@@ -114,7 +114,7 @@ def batch_at(step, texts, *, seed, batch_size, length, topics_fraction):
 
 def make_step(config: Config, optimizer):
   """One compiled step: params, state, tokens -> params, state, loss."""
-  loss_fn = byte_text.make_loss(config)
+  loss_fn = objectives.lm_loss(config)
 
   @jax.jit
   def step(params, state, tokens):
@@ -127,7 +127,7 @@ def make_step(config: Config, optimizer):
 
 def evaluate(config, params, texts, length) -> dict[str, dict[str, float]]:
   """Metrics on the validation text of both sources and on the default task."""
-  run = byte_text.make_evaluate(config)
+  run = objectives.evaluate_lm(config)
   rng = np.random.Generator(np.random.Philox(key=[0, 0]))
   results = {
     name: run(
@@ -193,7 +193,7 @@ def write_card(path, params, losses, sources, seconds, config):
   weights = (path / 'model.safetensors').read_bytes()
   books, topics = sources
   rows = '\n'.join(
-    f'| {name} | {m["bits_per_byte"]:.3f} | {m["accuracy"]:.3f} |'
+    f'| {name} | {m["bits_per_token"]:.3f} | {m["accuracy"]:.3f} |'
     for name, m in losses.items()
   )
   text = CARD.format(
@@ -276,7 +276,7 @@ def main(_):
   books, topics = read_books(_DATA.value), read_topics()
   parts = split(books), split(topics)
   trains, valids = ([part[i] for part in parts] for i in range(2))
-  config = byte_text.make_config(
+  config = native.byte_config(
     num_layers=_LAYERS.value,
     model_dim=_DIM.value,
     num_heads=_HEADS.value,

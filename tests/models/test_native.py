@@ -14,13 +14,11 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from jaxfl import keys
-from jaxfl.models import byte_text, native, transformer
+from jaxfl.models import native, transformer
 from jaxfl.models.config import Config
 from jaxfl.models.rotary import Rope
 
-CONFIG = byte_text.make_config(
-  num_layers=2, model_dim=8, num_heads=2, mlp_dim=12
-)
+CONFIG = native.byte_config(num_layers=2, model_dim=8, num_heads=2, mlp_dim=12)
 init = jax.jit(
   lambda config: transformer.init(config, jax.random.key(0)),
   static_argnums=0,

@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl.models import byte_text, native, transformer
+from jaxfl import objectives
+from jaxfl.models import native, transformer
 
-CONFIG = byte_text.make_config(
-  num_layers=3, model_dim=16, num_heads=2, mlp_dim=24
-)
+CONFIG = native.byte_config(num_layers=3, model_dim=16, num_heads=2, mlp_dim=24)
 
 
 @pytest.fixture(scope='module')
@@ -78,31 +77,14 @@ def test_logits_equal_numpy(params, tokens):
 
 
 def test_losses_equal_numpy(params, tokens):
-  mask = np.ones((2, 7), np.uint8)
-  mask[1, 3:] = 0
+  weights = np.ones((2, 7), np.float32)
+  weights[1, 3:] = 0
   logits = _numpy_logits(CONFIG, params, tokens[:, :-1])
   logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   bytes_ = -np.take_along_axis(logs, tokens[:, 1:, None].astype(int), 2)[..., 0]
-  hits = logits.argmax(-1) == tokens[:, 1:]
-  want = [bytes_[0].mean(), bytes_[1, :3].mean()]
-  batch = {'tokens': tokens, 'mask': mask}
-  got = byte_text.make_example_loss(CONFIG)(params, batch)
-  np.testing.assert_allclose(got, want, rtol=1e-5)
-  loss = byte_text.make_loss(CONFIG)(params, batch)
-  np.testing.assert_allclose(loss, np.mean(want), rtol=1e-5)
-  metrics = byte_text.make_evaluate(CONFIG)(
-    params, {name: x[None] for name, x in batch.items()}
-  )
-  nats = (bytes_ * mask).sum() / 10
-  np.testing.assert_allclose(metrics['loss'], nats, rtol=1e-5)
-  np.testing.assert_allclose(metrics['bits_per_byte'], nats / np.log(2), 1e-5)
-  np.testing.assert_allclose(metrics['accuracy'], (hits * mask).sum() / 10)
-
-
-def test_an_example_without_targets_has_no_loss(params, tokens):
-  batch = {'tokens': tokens, 'mask': np.array([[0] * 7, [1] * 7])}
-  losses = byte_text.make_example_loss(CONFIG)(params, batch)
-  assert losses[0] == 0 < losses[1]
+  batch = {'tokens': tokens, 'weights': weights}
+  loss = objectives.lm_loss(CONFIG)(params, batch)
+  np.testing.assert_allclose(loss, (bytes_ * weights).sum() / 10, rtol=1e-5)
 
 
 def test_later_bytes_do_not_matter(params, tokens):
@@ -121,7 +103,7 @@ def test_layers_are_stacked_and_differ(params):
   key = jax.random.key(0)
   fresh = q(jax.jit(lambda key: transformer.init(CONFIG, key))(key))
   assert (fresh[0] != fresh[1]).any()
-  text = jax.jit(byte_text.make_loss(CONFIG)).lower(
+  text = jax.jit(objectives.lm_loss(CONFIG)).lower(
     params, {'tokens': np.zeros((1, 5), np.uint8)}
   )
   assert text.as_text().count('while') == 1
@@ -133,7 +115,7 @@ def test_layers_are_stacked_and_differ(params):
 )
 def test_bad_sizes_are_refused(field, value):
   with pytest.raises(ValueError, match=field):
-    byte_text.make_config(**{field: value})
+    native.byte_config(**{field: value})
 
 
 SNIPPET = (
@@ -156,11 +138,11 @@ GOLDEN = {
 
 def test_embedded_logits_are_those_of_the_training_code():
   config, params = native.load_embedded()
-  assert config == byte_text.make_config()
+  assert config == native.byte_config()
   assert transformer.num_params(params) == 820_608
   tokens = np.frombuffer(SNIPPET.encode(), np.uint8)[None, :193]
   logits = transformer.logits(config, params, tokens[:, :-1])[0]
   for (position, byte), want in GOLDEN.items():
     np.testing.assert_allclose(logits[position, ord(byte)], want, atol=5e-5)
-  loss = byte_text.make_loss(config)(params, {'tokens': tokens})
+  loss = objectives.lm_loss(config)(params, {'tokens': tokens})
   np.testing.assert_allclose(loss, 1.503577, rtol=1e-5)
