@@ -47,10 +47,11 @@ _ENCODER = {
   'num_clients': 4,
   'num_perturbations': 1,
   'num_rounds': 120,
-  'batch_size': 32,
+  'batch_size': 16,
   'mu': 1e-3,
   'learning_rate': 8e-4,
-  'eval_every': 12,
+  'eval_examples': 256,
+  'eval_every': 20,
   'snapshot_every': 40,
 }
 
