@@ -35,6 +35,7 @@ def encode(
   kind: str = 'causal',
   positions: int | None = None,
   label_names: Sequence[str] | None = None,
+  name: str | None = None,
 ) -> examples_lib.Examples:
   """Encodes a dataset.
 
@@ -51,6 +52,8 @@ def encode(
     positions: how many positions the model has, if that is bounded.
     label_names: of the dataset, by index: words are then matched by name, see
       `templates.match_labels`, and not by position.
+    name: what to call the dataset in messages, where rows count from 1; the
+      template's name if None.
 
   Returns:
     As many examples as rows, in their order.
@@ -63,10 +66,7 @@ def encode(
     raise ValueError(f'form must be one of {FORMS}, got {form!r}')
   if not rows:
     raise ValueError('there are no rows to encode')
-  if positions is not None and max_length > positions:
-    raise ValueError(
-      f'max_length is {max_length}, the model has {positions} positions'
-    )
+  examples_lib.check_length(max_length, positions)
   if form not in ('lm', 'prompt') and template is None:
     raise ValueError(f'form {form!r} needs a template')
   if form in ('candidates', 'lm', 'prompt') and kind != 'causal':
@@ -76,6 +76,9 @@ def encode(
     )
   if label_names and template:
     template = templates.match_labels(template, label_names)
+  if template and name:
+    template = template._replace(name=name)
+  name = template.name if template else name or 'instructions'
   match form:
     case 'head':
       out = _head(rows, template, tokenizer, max_length)
@@ -84,20 +87,20 @@ def encode(
     case 'candidates':
       out = _candidates(rows, template, tokenizer, max_length)
     case _:
-      out = _instructions(rows, tokenizer, max_length, form)
+      out = _instructions(rows, tokenizer, max_length, form, name)
   if out.truncated:
     logging.info(
       '%d of %d examples of %s were cut to %d tokens',
       out.truncated,
       len(out),
-      template.name if template else 'instructions',
+      name,
       max_length,
     )
   return out
 
 
 def _where(name: str, index: int) -> str:
-  return f'dataset {name!r}, row {index}'
+  return f'dataset {name!r}, row {index + 1}'
 
 
 def _num_labels(template) -> int:
@@ -123,22 +126,6 @@ def _labels(rows, template) -> np.ndarray:
   return np.array(labels, np.int32)
 
 
-def _build(form, sequences, tokenizer, max_length, **fields):
-  """Examples of lists of ids."""
-  sizes = np.array([len(ids) for ids in sequences], np.int64)
-  flat = np.fromiter(
-    (i for ids in sequences for i in ids), np.int32, int(sizes.sum())
-  )
-  return examples_lib.Examples(
-    form=form,
-    tokens=flat,
-    offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
-    pad_id=tokenizer.pad_id,
-    buckets=examples_lib.buckets(int(sizes.max()), max_length),
-    **fields,
-  )
-
-
 def _head(rows, template, tokenizer, max_length):
   """Text, or a pair of texts, as the model's encoder expects it."""
   segments = template.segments
@@ -161,15 +148,18 @@ def _head(rows, template, tokenizer, max_length):
     lambda i: _where(template.name, i),
   )
   sequences = [tokenizer.wrap(*ids) for ids in zip(*pieces, strict=True)]
+  for i, ids in enumerate(sequences):
+    if not ids:
+      raise ValueError(f'{_where(template.name, i)}: the text is empty')
   before = len(tokenizer.prefix) + len(tokenizer.middle)
   seconds = [
     before + len(ids[0]) if len(ids) == 2 else len(whole)
     for ids, whole in zip(zip(*pieces, strict=True), sequences, strict=True)
   ]
-  return _build(
+  return examples_lib.from_lists(
     'head',
     sequences,
-    tokenizer,
+    tokenizer.pad_id,
     max_length,
     seconds=np.array(seconds, np.int32) if tokenizer.segments else None,
     scalars={'label': _labels(rows, template)},
@@ -256,10 +246,10 @@ def _words(rows, template, tokenizer, max_length, kind):
   ]
   ends = np.array([len(before) for before in pieces[0]], np.int32)
   lengths = np.array([len(ids) for ids in sequences], np.int32)
-  return _build(
+  return examples_lib.from_lists(
     'words',
     sequences,
-    tokenizer,
+    tokenizer.pad_id,
     max_length,
     seconds=lengths if tokenizer.segments else None,
     scalars={
@@ -301,10 +291,10 @@ def _candidates(rows, template, tokenizer, max_length):
     sequences += [before + answer for answer in one]
     sequences += [[]] * (width - len(one))
     starts += [len(before)] * width
-  return _build(
+  return examples_lib.from_lists(
     'candidates',
     sequences,
-    tokenizer,
+    tokenizer.pad_id,
     max_length,
     num_candidates=width,
     starts=np.array(starts, np.int32),
@@ -314,9 +304,9 @@ def _candidates(rows, template, tokenizer, max_length):
   )
 
 
-def _instructions(rows, tokenizer, max_length, form):
+def _instructions(rows, tokenizer, max_length, form, name):
   """Instruction and response, or the instruction alone."""
-  where = lambda i: _where('instructions', i)
+  where = lambda i: _where(name, i)
   formats = [templates.INSTRUCTION[not row.get('input')] for row in rows]
   answers = [[] for _ in rows]
   if form == 'lm':
@@ -341,10 +331,10 @@ def _instructions(rows, tokenizer, max_length, form):
     starts.append(len(before))
     sequences.append((before + answer)[:max_length])
     cut[i] |= len(before) + len(answer) > max_length
-  return _build(
+  return examples_lib.from_lists(
     form,
     sequences,
-    tokenizer,
+    tokenizer.pad_id,
     max_length,
     starts=np.array(starts, np.int32) if form == 'lm' else None,
     truncated=int(cut.sum()),
@@ -440,8 +430,8 @@ def _shorter(rows, pending, fields, excess, tokenizer, where) -> list[Row]:
     own = [lengths[i, field] for field in fields(i)]
     if not any(own):
       raise ValueError(
-        f'{where(i)}: max_length is too small: {more} more tokens are needed'
-        ' for the template and the answer alone'
+        f'{where(i)}: max_length (--sequence_length) is too small: {more} more'
+        ' tokens are needed for the template and the answer alone'
       )
     sizes += _budgets(own, more)
   out = {i: dict(rows[i]) for i in pending}

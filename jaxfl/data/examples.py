@@ -21,7 +21,9 @@ there for tokenizers that have them.
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -42,6 +44,23 @@ def buckets(longest: int, max_length: int) -> tuple[int, ...]:
     sizes.append(sizes[-1] + 2 ** (sizes[-1].bit_length() - 2))
   count = sum(size < longest for size in sizes)
   return (*sizes[:count], min(sizes[count], max(max_length, longest)))
+
+
+def check_length(max_length: int, positions: int | None) -> None:
+  """Refuses examples that are longer than the model.
+
+  Args:
+    max_length: tokens of an example, at most.
+    positions: how many the model has, None if that is not bounded.
+
+  Raises:
+    ValueError: naming both.
+  """
+  if positions is not None and max_length > positions:
+    raise ValueError(
+      f'max_length (--sequence_length) is {max_length}, the model has'
+      f' {positions} positions'
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -160,6 +179,36 @@ class Examples:
       **{k: v for k, v in optional.items() if v is not None},
       **self.scalars,
     }
+
+
+def from_lists(
+  form: str,
+  sequences: Sequence[Sequence[int]],
+  pad_id: int,
+  max_length: int,
+  **fields: Any,
+) -> Examples:
+  """Examples of lists of ids.
+
+  Args:
+    form: one of those above.
+    sequences: the ids of each; at least one sequence.
+    pad_id: fills what is masked.
+    max_length: no bucket is longer.
+    **fields: the other attributes of `Examples`.
+  """
+  sizes = np.array([len(ids) for ids in sequences], np.int64)
+  flat = np.fromiter(
+    itertools.chain.from_iterable(sequences), np.int32, int(sizes.sum())
+  )
+  return Examples(
+    form=form,
+    tokens=flat,
+    offsets=np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)]),
+    pad_id=pad_id,
+    buckets=buckets(int(sizes.max()), max_length),
+    **fields,
+  )
 
 
 def task(

@@ -195,7 +195,7 @@ class TestCandidates:
     assert bytes(texts[0].tolist()) == b'\x01It so wet.'
     assert bytes(texts[1].tolist()) == b'\x01It so I am.'
     assert e.truncated == 1
-    with pytest.raises(ValueError, match="'copa', row 0: max_length.*1 more"):
+    with pytest.raises(ValueError, match="'copa', row 1: max_length.*1 more"):
       _encode([COPA], templates.named('copa'), BEGINS, 'candidates', 9)
 
   def test_label_words_of_several_tokens(self):
@@ -216,7 +216,7 @@ class TestCandidates:
     assert not batch['mask'][1, 2].any()
     assert not batch['weights'][1, 2].any()
     assert len(e) == 2
-    with pytest.raises(ValueError, match='row 0.*the label is 2'):
+    with pytest.raises(ValueError, match='row 1.*the label is 2'):
       _encode([rows[1] | {'label': 2}], t, BYTES, 'candidates')
 
 
@@ -238,7 +238,7 @@ class TestInstructions:
     e = _encode([ADD], None, BEGINS, 'prompt')
     assert _real(e.take(0)) == [1, *_ids(self.prompt)]
     assert e.references == (('2', 'two'),)
-    with pytest.raises(ValueError, match="row 0: 'references'"):
+    with pytest.raises(ValueError, match="row 1: 'references'"):
       _encode([ADD | {'references': 'two'}], None, BEGINS, 'prompt')
 
   def test_long_prompt_and_long_response_share(self):
@@ -254,7 +254,7 @@ class TestInstructions:
     assert _real(short.take(0))[-3:] == _ids(' 2\n')
 
   def test_no_response(self):
-    with pytest.raises(ValueError, match="row 0: no text in 'response'"):
+    with pytest.raises(ValueError, match="row 1: no text in 'response'"):
       _encode([{'instruction': 'a', 'input': ''}], None, BYTES, 'lm')
 
 
@@ -262,19 +262,33 @@ class TestErrors:
   @pytest.mark.parametrize('label', [2, -1, None, 'yes', 0.0])
   def test_label(self, label):
     rows = [*ROWS, {'text': 'ab', 'label': label}]
-    with pytest.raises(ValueError, match=r"row 1: field 'label'.*\[0, 2\)"):
+    with pytest.raises(ValueError, match=r"row 2: field 'label'.*\[0, 2\)"):
       _encode(rows, YES_NO, BYTES, 'head')
 
   def test_missing_field(self):
     rows = [*ROWS, {'label': 1}]
     for form in ('head', 'words', 'candidates'):
-      with pytest.raises(ValueError, match="'custom', row 1.*'text'"):
+      with pytest.raises(ValueError, match="'custom', row 2.*'text'"):
         _encode(rows, YES_NO, BYTES, form)
 
+  def test_no_token_at_all(self):
+    rows = [*ROWS, {'text': ' ', 'label': 1}]
+    for form in ('head', 'words', 'candidates'):
+      with pytest.raises(ValueError, match=r'row 2: the \w+ is empty'):
+        _encode(rows, templates.custom('{text}{answer}', 'y,n'), BYTES, form)
+    assert len(_encode(rows, YES_NO, BEGINS, 'head')) == 2  # its begin token
+
+  def test_messages_name_the_split(self):
+    rows = [{'text': 'a', 'label': 5}]
+    with pytest.raises(ValueError, match="dataset 'mine, test', row 1: field"):
+      _encode(rows, YES_NO, BYTES, 'head', name='mine, test')
+    with pytest.raises(ValueError, match="dataset 'mine', row 1: no text"):
+      _encode([{'instruction': 'a'}], None, BYTES, 'lm', name='mine')
+
   def test_lengths(self):
-    with pytest.raises(ValueError, match='max_length is 65.*64 positions'):
+    with pytest.raises(ValueError, match='max_length.* is 65.*64 positions'):
       _encode(ROWS, YES_NO, BYTES, 'head', 65, positions=64)
-    with pytest.raises(ValueError, match='row 0: max_length is too small'):
+    with pytest.raises(ValueError, match='row 1: max_length.* is too small'):
       _encode(ROWS, YES_NO, MASKED, 'words', 3, kind='masked')
 
   def test_what_does_not_go_together(self):
