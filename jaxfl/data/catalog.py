@@ -46,7 +46,8 @@ def load(
 
   Returns:
     A `rows.Dataset`. Rows with `label` are for classification, those with
-    `response` for generation, those with just `text` for language modelling.
+    `response` for generation, those with just `text` for language modelling
+    (where blank texts are left out).
 
   Raises:
     FileNotFoundError: if there is no such file, or the hub does not answer;
@@ -54,11 +55,19 @@ def load(
     ValueError: for data that are empty, broken, lack a field, or have a label
       that is none of the labels; the text names file or split, row and field.
   """
+  if label_names and (
+    len(label_names) < 2
+    or len(set(label_names)) < len(label_names)
+    or '' in label_names
+  ):
+    raise ValueError(
+      f'label_names must be two or more different names, got {label_names}'
+    )
   if name in TASKS:
     if columns or label_names:
       raise ValueError(
-        f'task {name!r} has its own columns and labels; --columns and label '
-        'names are for local paths and hub ids'
+        f'task {name!r} has its own columns and labels; --columns and '
+        '--label_names are for local paths and hub ids'
       )
     return _load_task(name, TASKS[name], data_dir, train_split, test_split)
   path = pathlib.Path(name).expanduser()
@@ -138,10 +147,10 @@ def _from_data_dir(name, task, data_dir, train_split, test_split):
   if found:
     if train_split != 'train' or test_split:
       raise ValueError(
-        f'task {name!r} from files has fixed splits; train_split and '
-        'test_split are for folders and the hub'
+        f'task {name!r} from files below --data_dir has fixed splits; '
+        '--train_split and --test_split are for folders and the hub'
       )
-    logging.info('data set %r: %s below %s', name, task.layout, folder)
+    logging.info('data set %r: files below %s', name, folder)
     return sources.Splits(found[0], found[1], {})
   if (folder / name).is_dir():
     return sources.local(folder / name, train_split, test_split)
@@ -163,7 +172,10 @@ def _finish(name, splits, columns, label_names) -> rows_lib.Dataset:
     own = splits.names.get(columns.get('label', 'label'))
     names = label_names or own or labels.names_of(parts['train'], repr(name))
   elif label_names:
-    raise ValueError(f'label names given, but {name!r} has no field label')
+    raise ValueError(
+      f'label_names are given, but {name!r} has no labels; it has the columns '
+      f'{sorted(found)}'
+    )
   elif not generation and 'text' not in found:
     raise ValueError(
       f'{name!r} has the columns {sorted(found)}: expected label (to '
@@ -176,8 +188,18 @@ def _finish(name, splits, columns, label_names) -> rows_lib.Dataset:
       parts[split] = rows_lib.make_generation(rows, where)
       continue
     rows_lib.check_fields(rows, ('label' if names else 'text',), where)
-    parts[split] = labels.encode(rows, names, where) if names else rows
+    parts[split] = (
+      labels.encode(rows, names, where) if names else _not_blank(rows, where)
+    )
   return _assemble(name, parts['train'], parts.get('test'), names)
+
+
+def _not_blank(rows, where) -> list[rows_lib.Row]:
+  """Texts without those that are white space: blank lines mean nothing."""
+  kept = [row for row in rows if row['text'].strip()]
+  if not kept:
+    raise ValueError(f"{where}: field 'text' is blank in all {len(rows)} rows")
+  return kept
 
 
 def _assemble(name, train, test, label_names) -> rows_lib.Dataset:

@@ -1,8 +1,10 @@
 """Data sets of the Hugging Face hub as rows; no foreign code is run."""
 
 import contextlib
+import logging as std_logging
 import pathlib
 import tempfile
+from collections.abc import Iterator
 
 from absl import logging
 
@@ -32,6 +34,7 @@ def read(
   repo, _, config = name.partition(':')
   logging.info('looking for data set %r on the hub', name)
   with contextlib.ExitStack() as stack:
+    stack.enter_context(_quiet())
     cache = _hub_cache(stack)
     try:
       builder = datasets.load_dataset_builder(
@@ -65,6 +68,18 @@ def read(
     return sources.Splits(
       rows, sources.to_rows(parts[1], f'{where}, split {held_out!r}')[0], names
     )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """No lines about every retry: what we raise says what is wrong."""
+  logger = std_logging.getLogger('huggingface_hub')
+  level = logger.level
+  logger.setLevel(std_logging.ERROR)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)
 
 
 def _hub_cache(stack: contextlib.ExitStack) -> str | None:

@@ -143,14 +143,19 @@ def _objects(value: Any, where: str) -> list[rows_lib.Row]:
   return items
 
 
-_FEWGLUE = {'cb': 'CB', 'rte': 'RTE', 'boolq': 'BoolQ', 'wic': 'WiC'}
+_FEWGLUE = {'boolq': 'BoolQ', 'wic': 'WiC'}
+
+
+def fewglue_folder(task: str) -> str:
+  """The folder of a task's files in the form fewglue_32dev."""
+  return f'fewglue_32dev/{_FEWGLUE.get(task, task.upper())}'
 
 
 def fewglue(
   data_dir: pathlib.Path, task: str, fields: tuple[str, ...]
 ) -> Parts | None:
   """Reads fewglue_32dev: trains on train and dev32, holds out val."""
-  folder = data_dir / 'fewglue_32dev' / _FEWGLUE.get(task, task.upper())
+  folder = data_dir / fewglue_folder(task)
   read = functools.partial(_lines, fields=fields)
   parts = _read_both(folder, 'train.jsonl', 'val.jsonl', read)
   more = files.find(folder, 'dev32.jsonl')

@@ -201,7 +201,8 @@ def column_values(
     if row.get(column) is None:
       raise ValueError(
         f'cannot partition by column {column!r}: row {number} has none; its '
-        f'columns are {sorted(k for k, v in row.items() if v is not None)}'
+        f'columns are {sorted(k for k, v in row.items() if v is not None)}; '
+        'name one with --partition_column'
       )
     values.append(row[column])
   plain = all(type(value) is int for value in values)
@@ -245,7 +246,9 @@ def partition(
     raise ValueError(f'min_size must be positive, got {min_size}')
   if kind == 'by_column':
     if not column:
-      raise ValueError("partition 'by_column' needs the name of a column")
+      raise ValueError(
+        "partition 'by_column' needs the name of a column (--partition_column)"
+      )
     parts = by_column(column_values(rows, column), num_clients)
   elif num_clients is None:
     raise ValueError(f'partition {kind!r} needs num_clients')

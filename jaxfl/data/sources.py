@@ -68,10 +68,16 @@ def local(
 
   Raises:
     FileNotFoundError: if a folder has no files of a split.
-    ValueError: naming the file, if it is empty, broken or of unknown format.
+    ValueError: naming the file, if it is empty, broken or of unknown format;
+      or if splits are named, for a file.
   """
   path = pathlib.Path(path)
   if path.is_file():
+    if train != 'train' or test:
+      raise ValueError(
+        f'{path} is one file: train_split={train!r} and test_split={test!r} '
+        'name files of a folder, or splits on the hub'
+      )
     rows, names = _read_files([path])
     return Splits(rows, None, names)
   candidates = (test,) if test else TEST_SPLITS
@@ -91,18 +97,20 @@ def _no_split(path: pathlib.Path, split: str) -> str:
   return (
     f'no {split}.csv, .tsv, .json, .jsonl, .parquet or .txt (or .gz of them) '
     f'in folder {str(path)!r}; it holds '
-    f'{sorted(p.name for p in path.iterdir())[:20]}'
+    f'{sorted(p.name for p in path.iterdir())[:20]}. train_split and '
+    'test_split name other files'
   )
 
 
+def is_split_file(path: pathlib.Path, split: str) -> bool:
+  """Whether a file is (a part of) a split: train.csv, train-00000.parquet."""
+  name = path.name
+  named = name.split('.')[0] == split or name.startswith(f'{split}-')
+  return named and path.is_file() and file_format(path) is not None
+
+
 def _split_files(folder: pathlib.Path, split: str) -> list[pathlib.Path]:
-  files = [
-    p
-    for p in sorted(folder.iterdir())
-    if p.is_file()
-    and file_format(p)
-    and (p.name.split('.')[0] == split or p.name.startswith(f'{split}-'))
-  ]
+  files = [p for p in sorted(folder.iterdir()) if is_split_file(p, split)]
   if len({file_format(p) for p in files}) > 1:
     raise ValueError(
       f'folder {str(folder)!r} has split {split!r} in several formats: '

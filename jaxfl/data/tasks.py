@@ -83,7 +83,8 @@ def _glue_task(name, fields, label_names, aliases=()) -> Task:
     fields,
     label_names,
     f'aps/super_glue:{name}',
-    f'olora_classification/{name}/{{train,test}}.json',
+    f'olora_classification/{name}/{{train,test}}.json or '
+    f'{layouts.fewglue_folder(name)}/{{train,val}}.jsonl',
     read,
     aliases=dict(aliases),
   )

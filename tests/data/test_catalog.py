@@ -292,12 +292,33 @@ def test_text_must_be_text(tmp_path):
     catalog.load(str(path))
 
 
+def test_blank_texts_are_left_out(tmp_path):
+  path = _write(tmp_path / 'a.txt', 'one\n\n \ntwo\n')
+  dataset = catalog.load(str(path))
+  texts = sorted(row['text'] for row in dataset.train + dataset.test)
+  assert texts == ['one', 'two']
+  path = _write(tmp_path / 'a.json', [{'text': ''}, {'text': ' '}])
+  with pytest.raises(ValueError, match=r"a\.json.*'text' is blank in all 2"):
+    catalog.load(str(path))
+
+
+@pytest.mark.parametrize('names', [('a',), ('a', 'a'), ('a', '')])
+def test_label_names_differ(tmp_path, names):
+  path = _write(tmp_path / 'a.csv', 'text,label\nx,0\ny,1\n')
+  with pytest.raises(ValueError, match='two or more different names'):
+    catalog.load(str(path), label_names=names)
+  assert catalog.load(str(path), label_names=('a', 'b')).label_names == (
+    'a',
+    'b',
+  )
+
+
 def test_options_that_do_not_apply(tmp_path):
   with pytest.raises(ValueError, match="task 'sst2' has its own columns"):
     catalog.load('sst2', columns={'text': 'x'})
   with pytest.raises(FileNotFoundError, match="--data_dir: no folder at 'no/"):
     catalog.load('sst2', data_dir='no/where')
-  with pytest.raises(ValueError, match="'trec' from files has fixed splits"):
+  with pytest.raises(ValueError, match="'trec' from files .* fixed splits"):
     catalog.load('trec', data_dir=_sentences(tmp_path), test_split='dev')
 
 

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import logging
 import pathlib
 import pickle
 import types
@@ -143,6 +144,13 @@ def test_folders_that_lack_a_split(tmp_path):
   _write(tmp_path / 'train.json', json.dumps(ROWS))
   with pytest.raises(ValueError, match="'train' in several formats"):
     catalog.load(str(tmp_path))
+
+
+def test_a_file_has_no_splits(tmp_path):
+  path = _write(tmp_path / 'a.csv', CSV)
+  for options in ({'train': 'b'}, {'test': 'test'}):
+    with pytest.raises(ValueError, match=r'a\.csv is one file.*test_split'):
+      sources.local(path, **options)
 
 
 def test_json_errors_name_the_place(tmp_path):
@@ -351,6 +359,26 @@ def test_offline_says_what_to_do(monkeypatch, tmp_path):
     assert part in str(error.value)
   with pytest.raises(FileNotFoundError, match="'owner/name'.*go online"):
     catalog.load('owner/name')
+  with pytest.raises(FileNotFoundError) as error:
+    catalog.load('boolq', data_dir=tmp_path)
+  for part in ('olora_classification/boolq/{train,test}.json or ',
+               'fewglue_32dev/BoolQ/{train,val}.jsonl or '):  # fmt: skip
+    assert part in str(error.value)
+
+
+def test_retries_of_the_hub_are_not_shown(monkeypatch, caplog):
+  logger = logging.getLogger('huggingface_hub.utils._http')
+
+  def fail(*args, **options):
+    logger.warning('Retrying in 1s [Retry 1/5].')
+    raise OSError('no network')
+
+  monkeypatch.setattr(datasets, 'load_dataset_builder', fail)
+  with pytest.raises(FileNotFoundError, match='no network'):
+    catalog.load('owner/name')
+  assert 'Retrying' not in caplog.text
+  logger.warning('as before')
+  assert 'as before' in caplog.text
 
 
 @pytest.mark.parametrize('name', ['sst3', './x', 'a/b/c', 'a/b.csv', 'x.csv'])
