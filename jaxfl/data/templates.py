@@ -276,11 +276,7 @@ def custom(
       f' {words=}, {choices=}'
     )
   answers = tuple(words or choices)
-  if len(answers) < 2 or len(set(answers)) < len(answers) or '' in answers:
-    raise ValueError(
-      f'template of {name!r} needs two or more different answers, found'
-      f' {answers}'
-    )
+  _check_answers(name, answers)
   if labels and len(labels) != len(answers):
     raise ValueError(
       f'template of {name!r} has {len(answers)} answers for {len(labels)}'
@@ -299,6 +295,32 @@ def custom(
     segments=(names[0], ' '.join(names[1:])) if names[1:] else tuple(names),
     choices=tuple(choices),
   )
+
+
+def _check_answers(name: str, answers: tuple[str, ...]) -> None:
+  if len(answers) < 2 or len(set(answers)) < len(answers) or '' in answers:
+    raise ValueError(
+      f'template of {name!r} needs two or more different answers, found'
+      f' {answers}'
+    )
+
+
+def with_words(template: Template, words: Sequence[str]) -> Template:
+  """The template with other label words, in the order of its labels.
+
+  Raises:
+    ValueError: if its answers are no words, or words are not as many as they
+      were, or not all different.
+  """
+  words = tuple(words)
+  if len(words) != len(template.words):
+    raise ValueError(
+      f'template of {template.name!r} takes {len(template.words)} words'
+      + (': every row has answers of its own' if template.choices else '')
+      + f'; found {words}'
+    )
+  _check_answers(template.name, words)
+  return template._replace(words=words)
 
 
 def bare(

@@ -183,6 +183,18 @@ class TestCustom:
       templates.custom('{text} {answer}', 'a,b', labels=('x', 'y', 'z'))
 
 
+def test_other_words():
+  t = templates.with_words(templates.named('sst2'), ['bad', 'good'])
+  assert t.words == ('bad', 'good')
+  assert t.labels == ('negative', 'positive')
+  with pytest.raises(ValueError, match="'sst2' needs two or more different"):
+    templates.with_words(t, ['bad', 'bad'])
+  with pytest.raises(ValueError, match="'sst2' takes 2 words; found"):
+    templates.with_words(t, ['a', 'b', 'c'])
+  with pytest.raises(ValueError, match="'copa' takes 0 words: every row"):
+    templates.with_words(templates.named('copa'), ['a', 'b'])
+
+
 class TestErrors:
   def test_field_that_is_missing_or_no_text(self):
     t = templates.named('cb')
