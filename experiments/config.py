@@ -57,6 +57,15 @@ class Config:
   columns: str | None = _setting(
     None, "Columns of your own data: 'text=sentence,label=sentiment'."
   )
+  train_split: str = _setting(
+    'train', "Split to train on, of a folder or the hub: 'train[:10%]'."
+  )
+  test_split: str | None = _setting(
+    None, 'Split held out; by default test or validation, or a tenth of train.'
+  )
+  label_names: str | None = _setting(
+    None, 'Names of the labels of your own data, in their order, with commas.'
+  )
   template: str | None = _setting(
     None, "Prompt of your own data: '{text} It was {answer}'."
   )

@@ -14,10 +14,9 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import problem, progress
+from experiments import problem, progress, text_rows
 from experiments.config import UsageError, from_mapping
-from jaxfl.data import catalog, encode, examples
-from jaxfl.data import rows as rows_lib
+from jaxfl.data import encode, examples
 from jaxfl.models import layers, transformer
 
 _OUT = flags.DEFINE_string('out', None, 'The npz file to write.')
@@ -69,14 +68,10 @@ def main(argv):
 
 def compute(config) -> dict[str, np.ndarray]:
   """The four arrays, see the module."""
-  data = catalog.load(
-    config.dataset,
-    data_dir=config.data_dir,
-    columns=rows_lib.parse_columns(config.columns),
-  )
+  data = text_rows.load(config)
   if not data.label_names:
     raise ValueError('the rows have no labels')
-  template = problem.template_of(config, data)
+  template = text_rows.template_of(config, data)
   model = problem.load_model(
     config, 'classify', num_labels=len(data.label_names)
   )

@@ -16,21 +16,20 @@ import jax
 import numpy as np
 from absl import logging
 
+from experiments import text_rows
 from experiments.config import Config, UsageError
 from jaxfl import adapters, keys, objectives, responses
 from jaxfl import digest as digest_lib
 from jaxfl import typing as jt
 from jaxfl.data import (
   batching,
-  catalog,
   encode,
   examples,
   features,
   partition,
   python_text,
-  templates,
+  sources,
 )
-from jaxfl.data import rows as rows_lib
 from jaxfl.data import tokenizer as tokenizer_lib
 from jaxfl.models import config as model_config
 from jaxfl.models import hf, native
@@ -38,7 +37,17 @@ from jaxfl.models import hf, native
 MINILM_SST2 = 'minilm_sst2'  # features of the shared data
 _MINILM_SST2_FILE = 'minilm_reference/sst2_mean_pool_f16.npz'
 _ROWS_SETTINGS = frozenset(
-  {'columns', 'template', 'words', 'form', 'length_normalised', 'pool'}
+  {
+    'train_split',
+    'test_split',
+    'label_names',
+    'columns',
+    'template',
+    'words',
+    'form',
+    'length_normalised',
+    'pool',
+  }
   | {'generate_examples', 'max_new_tokens', 'eval_examples'}
 )
 _PARTITION = frozenset(
@@ -100,14 +109,19 @@ def kind_of(config: Config) -> str:
   if name == MINILM_SST2 or name.endswith('.npz'):
     return 'features'
   path = pathlib.Path(name)
-  if name == 'python_text' or (path.is_dir() and not has_splits(path)):
+  if name == 'python_text' or (
+    path.is_dir() and not holds_rows(path, config.train_split)
+  ):
     return 'text'
   return 'rows'
 
 
-def has_splits(path: pathlib.Path) -> bool:
-  """Whether a folder has files named train.* (csv, json, jsonl, parquet)."""
-  return any(path.glob('train.*'))
+def holds_rows(path: pathlib.Path, split: str) -> bool:
+  """Whether a folder has rows: files of the split, or nothing but tables."""
+  entries = [p for p in path.iterdir() if not p.name.startswith('.')]
+  formats = {sources.file_format(p) if p.is_file() else None for p in entries}
+  tables = bool(formats) and formats <= {'csv', 'json', 'parquet'}
+  return tables or any(sources.is_split_file(p, split) for p in entries)
 
 
 def build(config: Config) -> Problem:
@@ -311,12 +325,8 @@ def _split(config, rows, label_field, label_names):
 
 
 def _rows(config: Config) -> Problem:
-  data = catalog.load(
-    config.dataset,
-    data_dir=config.data_dir,
-    columns=rows_lib.parse_columns(config.columns),
-  )
-  template = template_of(config, data) if data.label_names else None
+  data = text_rows.load(config)
+  template = text_rows.template_of(config, data) if data.label_names else None
   model, form = _choose_form(config, template, data)
   tokenizer = load_tokenizer(model)
   encoded = functools.partial(
@@ -330,8 +340,16 @@ def _rows(config: Config) -> Problem:
   parts, notes = _split(
     config, data.train, 'label' if data.label_names else None, data.label_names
   )
-  train = encoded(data.train, form=form)
-  test = encoded(data.test, form=form)
+  if text_rows.is_plain(data):
+    train, test, parts, more = text_rows.cut(
+      config, data, parts, tokenizer, model.shape.max_positions or None
+    )
+    notes += f'\n{more}'
+  else:
+    train, test = (
+      encoded(rows, form=form, name=text_rows.split_name(data, split))
+      for split, rows in (('train', data.train), ('test', data.test))
+    )
   task = examples.task(
     train,
     test,
@@ -360,6 +378,13 @@ def _lm(config, model, tokenizer, task, data, encoded):
   """Loss and evaluation of responses."""
   if config.objective == 'accuracy':
     raise ValueError('objective accuracy needs classes; use loss or f1')
+  if text_rows.is_plain(data) and (
+    config.objective == 'f1' or config.generate_examples
+  ):
+    raise ValueError(
+      'objective f1 and generate_examples need instructions and responses;'
+      f' the rows are plain text, with the columns {sorted(data.train[0])}'
+    )
   eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   loss_fn = objectives.lm_loss(model.shape)
   if config.objective == 'f1':
@@ -373,7 +398,9 @@ def _lm(config, model, tokenizer, task, data, encoded):
       0, len(data.test) - 1, min(config.generate_examples, len(data.test))
     )
     rows = [data.test[int(i)] for i in chosen]
-    prompts = encoded(rows, form='prompt')
+    prompts = encoded(
+      rows, form='prompt', name=text_rows.split_name(data, 'test')
+    )
     answer = responses.make_answer(
       model.shape,
       tokenizer,
@@ -397,37 +424,22 @@ def _lm(config, model, tokenizer, task, data, encoded):
   return loss_fn, evaluate
 
 
-def template_of(config: Config, data: rows_lib.Dataset) -> templates.Template:
-  """The dataset's own template, the one of the settings, or the bare fields."""
-  words = tuple(x.strip() for x in (config.words or '').split(',') if x)
-  if words and len(words) != len(data.label_names):
-    raise ValueError(
-      f'words are {", ".join(words)}; expected one for each of the labels'
-      f' {", ".join(data.label_names)}'
-    )
-  if config.template is not None:
-    return templates.custom(
-      config.template,
-      words or data.label_names,
-      labels=data.label_names,
-      name=data.name,
-    )
-  if config.dataset in templates.TEMPLATES:
-    own = templates.match_labels(
-      templates.named(config.dataset), data.label_names
-    )
-    return own._replace(words=words) if words else own
-  if words:
-    raise ValueError('words need a template, such as "{text} It was {answer}"')
-  return templates.bare(data.name, data.train[0], data.label_names)
-
-
 def _choose_form(config, template, data) -> tuple[Model, str]:
   """The form of the data, and the model with the head that it needs."""
   if not data.label_names:
     if config.form not in ('auto', 'lm'):
       raise ValueError(f'form {config.form} needs labels; use form lm')
-    return load_model(config, 'lm'), 'lm'
+    if config.template or config.words:
+      raise ValueError(
+        'template and words are for rows with labels; these have the columns'
+        f' {sorted(data.train[0])}'
+      )
+    try:
+      return load_model(config, 'lm'), 'lm'
+    except ValueError as error:
+      raise ValueError(
+        f'rows without labels are for causal models: {error}'
+      ) from error
   if config.form == 'lm':
     raise ValueError('form lm is for responses; use words or candidates')
   form, model = config.form, None
