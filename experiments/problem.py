@@ -23,6 +23,7 @@ from jaxfl import digest as digest_lib
 from jaxfl import typing as jt
 from jaxfl.data import (
   batching,
+  catalog,
   encode,
   examples,
   features,
@@ -108,12 +109,12 @@ def kind_of(config: Config) -> str:
   name = config.dataset
   if name == MINILM_SST2 or name.endswith('.npz'):
     return 'features'
-  path = pathlib.Path(name)
-  if name == 'python_text' or (
-    path.is_dir() and not holds_rows(path, config.train_split)
-  ):
+  if name == 'python_text':
     return 'text'
-  return 'rows'
+  path = pathlib.Path(name)
+  if name in catalog.TASKS or not path.is_dir():
+    return 'rows'
+  return 'rows' if holds_rows(path, config.train_split) else 'text'
 
 
 def holds_rows(path: pathlib.Path, split: str) -> bool:

@@ -98,6 +98,12 @@ def test_folders_of_any_split(model, tmp_path):
       problem.build(make(model=model, dataset=folder, **settings))
 
 
+def test_a_task_is_not_a_folder_of_its_name(tmp_path, monkeypatch):
+  (tmp_path / 'sst2').mkdir()
+  monkeypatch.chdir(tmp_path)
+  assert problem.kind_of(from_mapping({'dataset': 'sst2'})) == 'rows'
+
+
 def test_what_a_folder_holds(tmp_path):
   def kind(*names, **settings):
     folder = tmp_path / '-'.join(names)

@@ -446,8 +446,18 @@ def _shorter(rows, pending, fields, excess, tokenizer, where) -> list[Row]:
 
 
 def _budgets(lengths: Sequence[int], excess: int) -> list[int]:
-  """Lengths with `excess` less in all, taken one by one from the longest."""
-  left = list(lengths)
-  for _ in range(min(excess, sum(left))):
-    left[left.index(max(left))] -= 1
-  return left
+  """Lengths with `excess` less in all: the longest are cut to one level.
+
+  Where it does not come out even, the last of them keep one more.
+  """
+  left = max(sum(lengths) - excess, 0)
+  for count, size in zip(
+    range(len(lengths), 0, -1), sorted(lengths), strict=True
+  ):
+    if size * count > left:  # `count` fields share what is left
+      level, more = divmod(left, count)
+      cut = [i for i, length in enumerate(lengths) if length > level]
+      keep = set(cut[count - more :])
+      return [min(x, level) + (i in keep) for i, x in enumerate(lengths)]
+    left -= size
+  return list(lengths)

@@ -258,6 +258,20 @@ class TestInstructions:
       _encode([{'instruction': 'a', 'input': ''}], None, BYTES, 'lm')
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(0, 40))
+def test_budgets_are_taken_one_by_one_from_the_longest(lengths, excess):
+  left = list(lengths)
+  for _ in range(min(excess, sum(left))):
+    left[left.index(max(left))] -= 1
+  assert encode._budgets(lengths, excess) == left
+
+
+def test_a_very_long_text_is_cut_at_once():
+  row = {'text': 'a' * 3_000_000, 'label': 1}  # seconds, taken one by one
+  assert encode._budgets([30_000_000_000], 29_999_999_990) == [10]
+  assert _encode([row], YES_NO, BYTES, 'head').lengths.tolist() == [64]
+
+
 class TestErrors:
   @pytest.mark.parametrize('label', [2, -1, None, 'yes', 0.0])
   def test_label(self, label):
