@@ -10,6 +10,8 @@ Models with Just Forward Passes", NeurIPS 2023, arXiv:2305.17333, appendix
 Models Better Few-shot Learners", ACL 2021, arXiv:2012.15723). Whole sentences
 are in our own words, so scores need not equal those papers' to the digit. TREC
 and SST-5 for causal models, and CB, BoolQ and WiC for masked ones, are ours.
+Slots and words agree with the authors' code, github.com/princeton-nlp/MeZO:
+large_models/templates.py (causal), medium_models/run_fewshot.sh (masked).
 
 The space before the answer belongs to the answer: prompt and answer are
 encoded apart, and `'{text} It was {answer}'` is the prompt `'... It was'` with
