@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,6 +83,8 @@ def _open_log(config, workdir, method, problem):
     checkpoint.save_base(workdir.base, base)
     checkpoint.load_base(workdir.base, header.params, header.base_digest)
     return log_lib.RoundLog.create(workdir.log, header)
+  if problem.shape is not None:
+    _check_shape(workdir, problem.shape)
   log = log_lib.RoundLog.open(workdir.log, 'a')
   there, here = (
     dataclasses.asdict(h) | dict(h.config) for h in (log.header, header)
@@ -94,6 +97,27 @@ def _open_log(config, workdir, method, problem):
       f' {", ".join(different)}'
     )
   return log
+
+
+def _check_shape(workdir, shape):
+  """Equal weights in a model of another shape are another model."""
+  try:
+    there = native.from_json(json.loads(workdir.model.read_text()))
+  except FileNotFoundError:
+    write_json(workdir.model, native.to_json(shape))
+    return
+  except ValueError as error:
+    raise UsageError(f'{workdir.model}: {error}') from error
+  different = [
+    f.name
+    for f in dataclasses.fields(shape)
+    if getattr(there, f.name) != getattr(shape, f.name)
+  ]
+  if different:
+    raise UsageError(
+      f'{workdir.model} is the shape of another model: it differs in'
+      f' {", ".join(different)}'
+    )
 
 
 class Session:

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import studies
-from experiments.workdir import write_json
+from experiments.workdir import Workdir, check_same, write_json
 from jaxfl import metrics
 
 _STUDY = flags.DEFINE_enum(
@@ -38,9 +38,11 @@ _MODEL = flags.DEFINE_string(
   'model', None, 'Directory of the model, for studies that ask for one.'
 )
 _SEEDS = flags.DEFINE_integer(
-  'seeds', None, "Seeds 0, 1, ...; the study's own."
+  'seeds', None, "Seeds 0, 1, ...; the study's own.", lower_bound=1
 )
-_JOBS = flags.DEFINE_integer('jobs', 1, 'Runs at once, each on its own core.')
+_JOBS = flags.DEFINE_integer(
+  'jobs', 1, 'Runs at once, each on its own core.', lower_bound=1
+)
 _RUNS = flags.DEFINE_string('runs', 'runs', 'Directory of the runs.')
 _OUT = flags.DEFINE_string('out', 'experiments/results', 'Where results go.')
 
@@ -53,6 +55,7 @@ def command(settings: dict[str, Any], seed: int) -> list[str]:
 def execute(arguments: Sequence[str], workdir: pathlib.Path, core) -> None:
   """Runs, goes on with, or keeps one run."""
   if (workdir / 'summary.json').exists():
+    check_same(Workdir(workdir), arguments)
     return
   resume = ['--resume'] if (workdir / 'config.json').exists() else []
   program = [sys.executable, '-m', 'experiments.train', *arguments]
@@ -73,8 +76,10 @@ def execute(arguments: Sequence[str], workdir: pathlib.Path, core) -> None:
 def execute_all(runs: dict[tuple[str, int], tuple], jobs: int) -> None:
   """Runs all, `jobs` at once; says which are done."""
   cores: queue.Queue = queue.Queue()
-  for core in sorted(os.sched_getaffinity(0))[:jobs]:
-    cores.put(core if jobs > 1 else None)
+  known = hasattr(os, 'sched_getaffinity')  # not on macOS
+  own = sorted(os.sched_getaffinity(0)) if known and jobs > 1 else [None] * jobs
+  for core in own[:jobs]:
+    cores.put(core)
 
   def one(item):
     key, (arguments, workdir) = item

@@ -55,8 +55,11 @@ def _define(field: dataclasses.Field) -> flags.FlagHolder:
 _SETTINGS = {f.name: _define(f) for f in dataclasses.fields(Config)}
 
 
-def asked_for() -> tuple[Config, set[str]]:
+def asked_for(there: Config | None) -> tuple[Config, set[str]]:
   """The settings of the command line, and which of them were given there.
+
+  Args:
+    there: of the run to go on with, if there is one; in place of the defaults.
 
   Raises:
     UsageError: naming the setting that is wrong.
@@ -66,11 +69,16 @@ def asked_for() -> tuple[Config, set[str]]:
   given = set(config_flags.get_override_values(flags.FLAGS['config']))
   if flags.FLAGS['config'].present:
     given |= set(values)
+    there = None  # a config file has all the settings
+  if there is not None:
+    own = dataclasses.asdict(there)
+    values = own | {name: values[name] for name in given}
   for name, flag in _SETTINGS.items():
     if flag.value is not None:
       values[name] = flag.value
       given.add(name)
-  return build.resolve(from_mapping(values)), given
+  config = from_mapping(values)
+  return config if there is not None else build.resolve(config), given
 
 
 def main(argv):
@@ -81,10 +89,12 @@ def main(argv):
   try:
     if _RESUME.value and not _WORKDIR.value:
       raise UsageError('--resume needs --workdir')
-    config, given = asked_for()
-    config = workdir_lib.choose(
-      workdir_lib.Workdir(directory), config, given, _RESUME.value
-    )
+    workdir = workdir_lib.Workdir(directory)
+    there = None
+    if _RESUME.value and workdir.config.exists():
+      there = workdir_lib.read_config(workdir)
+    config, given = asked_for(there)
+    config = workdir_lib.choose(workdir, config, given, _RESUME.value)
     summary = runner.run(config, directory)
   except (UsageError, FloatingPointError) as error:
     sys.exit(f'error: {error}')

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.config import Config, UsageError, from_mapping
@@ -33,6 +34,18 @@ def write_json(path: pathlib.Path, value: Any) -> None:
     f.flush()
     os.fsync(f.fileno())
   os.replace(temporary, path)
+
+
+def read_config(workdir: Workdir) -> Config:
+  """The settings of the run that is there.
+
+  Raises:
+    UsageError: if they cannot be read.
+  """
+  try:
+    return from_mapping(json.loads(workdir.config.read_text()))
+  except (OSError, ValueError, TypeError, UsageError) as error:
+    raise UsageError(f'{workdir.config}: {error}') from error
 
 
 def choose(
@@ -65,10 +78,7 @@ def choose(
       f'{workdir.path}: no run to go on with (no config.json); start it without'
       ' --resume'
     )
-  try:
-    found = from_mapping(json.loads(workdir.config.read_text()))
-  except (ValueError, UsageError) as error:
-    raise UsageError(f'{workdir.config}: {error}') from error
+  found = read_config(workdir)
   for name in sorted(given):
     there, here = getattr(found, name), getattr(asked, name)
     if there != here:
@@ -79,8 +89,41 @@ def choose(
   return found
 
 
+def check_same(workdir: Workdir, arguments: Sequence[str]) -> None:
+  """Checks that a run that is there had the settings of a command.
+
+  Args:
+    workdir: of the run.
+    arguments: `--NAME=VALUE` each; where data and model are does not matter.
+
+  Raises:
+    RuntimeError: naming the setting that differs.
+  """
+  had = dataclasses.asdict(read_config(workdir))
+  for argument in arguments:
+    name, _, value = argument.removeprefix('--').partition('=')
+    found = had[name]
+    number = isinstance(found, float)
+    same = float(value) == found if number else value == str(found)
+    if not same and name not in ('data_dir', 'model'):
+      raise RuntimeError(
+        f'{workdir.path} holds a run with {name} {found}, not {value}: remove'
+        ' it or choose another --runs'
+      )
+
+
 def claim(workdir: Workdir, config: Config) -> None:
-  """Makes the directory this run's own, once its settings are known to work."""
-  if not workdir.config.exists():
+  """Makes the directory this run's own, once its settings are known to work.
+
+  Raises:
+    UsageError: if it cannot be written.
+  """
+  if workdir.config.exists():
+    return
+  try:
     workdir.path.mkdir(parents=True, exist_ok=True)
     write_json(workdir.config, dataclasses.asdict(config))
+  except OSError as error:
+    raise UsageError(
+      f'workdir: {workdir.path} cannot be written: {error}'
+    ) from error
