@@ -4,9 +4,11 @@ python -m experiments.replay --workdir=DIR
 python -m experiments.replay --workdir=DIR --until_round=50
 python -m experiments.replay --workdir=DIR --out=trained.safetensors
 python -m experiments.replay --workdir=DIR --out=model/
+python -m experiments.replay --workdir=DIR --out=model/ --base_model=BASE
 
 The first form of `--out` is what was trained, under the names that the log has;
-the second is the whole model, in the layout that it was loaded from.
+the second is the whole model, in the layout that it was loaded from. It needs
+the base model; `--base_model` says where that is now, if it has moved.
 """
 
 import dataclasses
@@ -16,6 +18,7 @@ import sys
 
 import numpy as np
 from absl import app, flags, logging
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from experiments import build, problem, progress, session
@@ -35,6 +38,11 @@ _OUT = flags.DEFINE_string(
   None,
   'Where to write the weights: NAME.safetensors for what was trained, any other'
   ' name for a directory with the whole model.',
+)
+_BASE_MODEL = flags.DEFINE_string(
+  'base_model',
+  None,
+  'Where the base model is now; default where the run had it.',
 )
 
 
@@ -103,24 +111,39 @@ def main(argv):
     params, rounds, header = rebuild(_WORKDIR.value, _UNTIL.value)
     compare(params, rounds, workdir)
     if _OUT.value:
-      write(params, header, workdir, _OUT.value)
+      write(params, header, workdir, _OUT.value, _BASE_MODEL.value)
       print(f'weights written to {_OUT.value}')
   except (UsageError, ValueError, OSError) as error:
     sys.exit(f'error: {error}')
 
 
-def write(params, header, workdir, out: str) -> None:
-  """Writes the trained tensors to a file, or the whole model to a directory."""
+def write(params, header, workdir, out: str, model: str | None = None) -> None:
+  """Writes the trained tensors to a file, or the whole model to a directory.
+
+  Args:
+    params: what was trained.
+    header: of the log.
+    workdir: of the run.
+    out: the file or directory.
+    model: where the base model is; None for where the run had it.
+
+  Raises:
+    UsageError: if it cannot be written, or the base model isn't what it was.
+  """
   if out.endswith('.safetensors'):
     tensors = {k: np.asarray(x) for k, x in keys.named_leaves(params)}
-    save_file(tensors, out, metadata={'digest': digest.digest(params)})
+    try:
+      save_file(tensors, out, metadata={'digest': digest.digest(params)})
+    except (OSError, SafetensorError) as error:
+      raise UsageError(f'out: {out} cannot be written: {error}') from error
     return
   if not workdir.model.exists():
     raise UsageError(
       f'{workdir.path} trained a linear layer, not a model; --out must end in'
       ' .safetensors'
     )
-  config = from_mapping(session.settings_of(header))
+  settings = session.settings_of(header)
+  config = from_mapping(settings | ({} if model is None else {'model': model}))
   problem.export(
     config,
     native.from_json(json.loads(workdir.model.read_text())),

@@ -6,6 +6,8 @@ layer on it, thousands of steps a second.
 """
 
 import os
+import zipfile
+import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,22 +30,15 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
   Raises:
     FileNotFoundError: if there is no such file.
-    ValueError: if an array is missing, has a wrong shape, or holds values that
-      are not finite or no labels.
+    ValueError: if the file is damaged, or an array is missing, has a wrong
+      shape, or holds values that are not finite or no labels.
   """
   if not os.path.isfile(path):
     raise FileNotFoundError(f'no features at {os.fspath(path)!r}')
-  with np.load(path, allow_pickle=False) as file:
-    missing = [name for name in ARRAYS if name not in file]
-    if missing:
-      raise ValueError(
-        f'{os.fspath(path)!r} lacks {", ".join(missing)}; it has'
-        f' {", ".join(sorted(file))}'
-      )
-    found = {name: file[name] for name in ARRAYS}
+  found = _read(os.fspath(path))
+  width = (*found['f_train'].shape, 0, 0)[1]
   for split in ('train', 'test'):
     f, y = found[f'f_{split}'], found[f'y_{split}']
-    width = found['f_train'].shape[-1]
     if (
       f.ndim != 2 or y.shape != f.shape[:1] or f.shape[1] != width or not y.size
     ):
@@ -63,6 +58,22 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     name: x.astype(np.float32 if name[0] == 'f' else np.int32)
     for name, x in found.items()
   }
+
+
+def _read(path: str) -> dict[str, np.ndarray]:
+  # NumPy takes any other file for a pickle or for an array
+  if not zipfile.is_zipfile(path):
+    raise ValueError(f'{path!r} is damaged or no npz file')
+  try:
+    with np.load(path, allow_pickle=False) as file:
+      if missing := [name for name in ARRAYS if name not in file]:
+        raise ValueError(
+          f'{path!r} lacks {", ".join(missing)}; it has'
+          f' {", ".join(sorted(file))}'
+        )
+      return {name: file[name] for name in ARRAYS}
+  except (zipfile.BadZipFile, EOFError, zlib.error) as error:
+    raise ValueError(f'{path!r} is damaged: {error}') from error
 
 
 def task(
