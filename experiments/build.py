@@ -83,6 +83,18 @@ METHODS = {
 }
 
 
+_LORA = ('adapter', ('lora',))
+# settings that are read only where another one has some value
+_NEEDS = {
+  'lora_rank': _LORA,
+  'lora_alpha': _LORA,
+  'lora_targets': _LORA,
+  'dirichlet_alpha': ('partition', ('dirichlet',)),
+  'labels_per_client': ('partition', ('label',)),
+  'partition_column': ('partition', ('dirichlet', 'label', 'column')),
+}
+
+
 def resolve(config: Config) -> Config:
   """Fills in the method's defaults; refuses settings that it does not read.
 
@@ -114,6 +126,13 @@ def resolve(config: Config) -> Config:
       f'{stray[0]} does not apply to dataset {config.dataset}, which is of the'
       f' kind {kind}; it reads {", ".join(sorted(reads))}'
     )
+  for name in sorted(changed & set(_NEEDS)):
+    other, values = _NEEDS[name]
+    if (found := getattr(config, other)) not in values:
+      raise UsageError(
+        f'{name} does not apply to {other} {found}; it is for'
+        f' {other} {" or ".join(values)}'
+      )
   unset = {
     k: v
     for k, v in entry.defaults.items()

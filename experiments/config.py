@@ -221,6 +221,8 @@ def _check(config: Config):
       raise UsageError(f'{name} must be one of {names}; got {value!r}')
   for f in dataclasses.fields(config):
     value = getattr(config, f.name)
+    if isinstance(value, str) and not value.strip():
+      raise UsageError(f'{f.name} must not be empty')
     if not isinstance(value, int | float):
       continue
     if not math.isfinite(value):

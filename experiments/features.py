@@ -8,13 +8,15 @@ The npz file holds `f_train`, `f_test` (float32[N, D], pooled hidden states) and
 `y_train`, `y_test` (int32[N]): linear probing then costs no forward passes.
 """
 
+import os
+import pathlib
 import sys
 
 import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import problem, progress, text_rows
+from experiments import checks, problem, progress, text_rows
 from experiments.config import UsageError, from_mapping
 from jaxfl.data import encode, examples
 from jaxfl.models import layers, transformer
@@ -42,6 +44,9 @@ def main(argv):
   try:
     if not _OUT.value:
       raise UsageError('--out is needed: the npz file to write')
+    out = pathlib.Path(_OUT.value)
+    if not out.absolute().parent.is_dir():
+      raise UsageError(f'--out: there is no directory {out.parent}')
     config = from_mapping(given)
     if problem.kind_of(config) != 'rows':
       raise UsageError(
@@ -50,20 +55,30 @@ def main(argv):
       )
     try:
       arrays = compute(config)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, IndexError) as error:
       raise UsageError(problem.blame(config, error)) from error
+    _write(out, arrays)
   except UsageError as error:
     sys.exit(f'error: {error}')
-  with open(_OUT.value, 'wb') as file:  # np.savez adds a suffix to a name
-    np.savez(
-      file,
-      f_train=arrays['f_train'],
-      y_train=arrays['y_train'],
-      f_test=arrays['f_test'],
-      y_test=arrays['y_test'],
-    )
   shape = arrays['f_train'].shape
   print(f'{_OUT.value}: {shape[0]} x {shape[1]}, and the test rows')
+
+
+def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
+  """Writes the npz file whole or not at all."""
+  partial = path.with_name(path.name + '.new')
+  try:
+    with open(partial, 'wb') as file:  # np.savez adds a suffix to a name
+      np.savez(
+        file,
+        f_train=arrays['f_train'],
+        y_train=arrays['y_train'],
+        f_test=arrays['f_test'],
+        y_test=arrays['y_test'],
+      )
+    os.replace(partial, path)
+  except OSError as error:
+    raise UsageError(f'--out: {path} cannot be written: {error}') from error
 
 
 def compute(config) -> dict[str, np.ndarray]:
@@ -94,6 +109,7 @@ def compute(config) -> dict[str, np.ndarray]:
       max_length=config.sequence_length,
       positions=model.shape.max_positions or None,
     )
+    checks.tokens(encoded, model.shape)
     logging.info('%s: %d rows', split, len(encoded))
     arrays[f'f_{split}'] = _run(
       pooled, model.params, encoded, config.eval_batch_size

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from experiments import text_rows
+from experiments import checks, text_rows
 from experiments.config import Config, UsageError
 from jaxfl import adapters, keys, objectives, responses
 from jaxfl import digest as digest_lib
@@ -38,18 +38,8 @@ from jaxfl.models import hf, native
 MINILM_SST2 = 'minilm_sst2'  # features of the shared data
 _MINILM_SST2_FILE = 'minilm_reference/sst2_mean_pool_f16.npz'
 _ROWS_SETTINGS = frozenset(
-  {
-    'train_split',
-    'test_split',
-    'label_names',
-    'columns',
-    'template',
-    'words',
-    'form',
-    'length_normalised',
-    'pool',
-  }
-  | {'generate_examples', 'max_new_tokens', 'eval_examples'}
+  {'train_split', 'test_split', 'label_names', 'columns', 'template', 'words'}
+  | {'form', 'length_normalised', 'pool', 'generate_examples', 'max_new_tokens'}
 )
 _PARTITION = frozenset(
   {'data_dir', 'partition', 'dirichlet_alpha', 'min_examples'}
@@ -57,14 +47,13 @@ _PARTITION = frozenset(
 )
 _MODEL = frozenset(
   {'model', 'dtype', 'adapter', 'lora_rank', 'lora_alpha', 'lora_targets'}
-  | {'sequence_length'}
+  | {'sequence_length', 'eval_examples', 'eval_batch_size'}
 )
 SETTINGS = {
-  'text': _MODEL | {'eval_examples'},
+  'text': _MODEL,
   'features': _PARTITION,
   'rows': _ROWS_SETTINGS | _PARTITION | _MODEL,
 }
-
 
 _PARTITIONS = {
   'iid': 'iid',
@@ -152,12 +141,15 @@ def load_model(
   num_labels: int | None = None,
 ) -> Model:
   """The model with a head: `lm`, `mlm`, `classify`, or None for its own."""
-  key = jax.random.key(config.seed)
+  # all 64 bits of the seed
+  root = keys.root(config.seed)
+  key = jax.random.wrap_key_data(root, impl='threefry2x32')
   pool = config.pool if head == 'classify' else None
   options = {'head': head, 'num_labels': num_labels, 'pool': pool, 'key': key}
   if config.model == 'embedded' or native.is_native(config.model):
     directory = None if config.model == 'embedded' else config.model
     shape, params = native.load(directory, **options)
+    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
     return Model(shape, params, pathlib.Path(directory) if directory else None)
   found = hf.load(config.model, dtype=config.dtype, **options)
   if found.fresh:
@@ -169,7 +161,11 @@ def load_tokenizer(model: Model) -> tokenizer_lib.Tokenizer:
   """The tokenizer that came with a model."""
   if model.directory is None or native.is_native(model.directory):
     return tokenizer_lib.load('bytes')
-  return tokenizer_lib.load(model.directory)
+  found = tokenizer_lib.load(model.directory)
+  # a pad token that was added to the tokenizer alone; any id does, as it is
+  # masked, but one that the model lacks would make its hidden states nan
+  known = found.pad_id < model.shape.vocab_size
+  return found if known else found._replace(pad_id=0)
 
 
 def make_adapter(
@@ -194,16 +190,28 @@ def make_adapter(
 
 def _assemble(config, model, task, loss_fn, evaluate, notes='') -> Problem:
   """The problem over what the adapter trains."""
+  checks.finite(model.params)
+  if config.adapter == 'head' and not {'head', 'lm_head'} & set(model.params):
+    raise ValueError(
+      "adapter head: the model's output is its embedding, it has no head of its"
+      ' own; use adapter lora, bias or full'
+    )
   adapter = make_adapter(config, model.shape)
   params, frozen = adapter.init(model.params, keys.root(config.seed))
+  frozen = jax.device_put(frozen)  # once, not at every evaluation
   merge = jax.jit(adapter.merge)
+
+  def merged_loss(frozen, params, batch):
+    whole = adapter.merge(frozen, params)
+    if config.forward_dtype is not None:
+      whole = jax.tree.map(lambda x: x.astype(config.forward_dtype), whole)
+    return loss_fn(whole, batch)
+
   return Problem(
     task=task,
     params=params,
     frozen=frozen,
-    loss_fn=lambda frozen, params, batch: loss_fn(
-      adapter.merge(frozen, params), batch
-    ),
+    loss_fn=merged_loss,
     evaluate=lambda params: evaluate(merge(frozen, params)),
     shape=model.shape,
     notes=notes,
@@ -239,7 +247,8 @@ def export(
     raise UsageError(
       f'model {config.model!r} is not what it was when the run was made'
     )
-  merged = jax.tree.map(np.asarray, adapter.merge(frozen, params))
+  # the program of the evaluations, for the same last bits
+  merged = jax.tree.map(np.asarray, jax.jit(adapter.merge)(frozen, params))
   if model.directory is None or native.is_native(model.directory):
     native.save(directory, shape, merged)
   else:
@@ -258,6 +267,7 @@ def _text(config: Config) -> Problem:
       'text is read as bytes, which this model is not made for; use'
       ' --model=embedded, or a --dataset of rows'
     )
+  checks.length(config, model.shape)
   if config.dataset == 'python_text':
     task = python_text.load(config.num_clients, **options)
   else:
@@ -307,6 +317,8 @@ def _features(config: Config) -> Problem:
 
 def _split(config, rows, label_field, label_names):
   """The clients' indices, and lines that describe them."""
+  if config.partition == 'column' and config.partition_column is None:
+    raise ValueError('partition column needs partition_column')
   parts = partition.partition(
     _PARTITIONS[config.partition],
     rows,
@@ -329,6 +341,7 @@ def _rows(config: Config) -> Problem:
   data = text_rows.load(config)
   template = text_rows.template_of(config, data) if data.label_names else None
   model, form = _choose_form(config, template, data)
+  checks.form(config, form)
   tokenizer = load_tokenizer(model)
   encoded = functools.partial(
     encode.encode,
@@ -351,6 +364,8 @@ def _rows(config: Config) -> Problem:
       encoded(rows, form=form, name=text_rows.split_name(data, split))
       for split, rows in (('train', data.train), ('test', data.test))
     )
+  for part in (train, test):
+    checks.tokens(part, model.shape)
   task = examples.task(
     train,
     test,
@@ -361,7 +376,9 @@ def _rows(config: Config) -> Problem:
     vary_length=True,
   )
   if form == 'lm':
-    loss_fn, evaluate = _lm(config, model, tokenizer, task, data, encoded)
+    loss_fn, evaluate = _lm(
+      config, model, tokenizer, task, data, encoded, train
+    )
   else:
     scores = objectives.class_scores(
       model.shape,
@@ -375,7 +392,7 @@ def _rows(config: Config) -> Problem:
   return _assemble(config, model, task, loss_fn, evaluate, notes)
 
 
-def _lm(config, model, tokenizer, task, data, encoded):
+def _lm(config, model, tokenizer, task, data, encoded, train):
   """Loss and evaluation of responses."""
   if config.objective == 'accuracy':
     raise ValueError('objective accuracy needs classes; use loss or f1')
@@ -389,6 +406,7 @@ def _lm(config, model, tokenizer, task, data, encoded):
   eos_ids = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
   loss_fn = objectives.lm_loss(model.shape)
   if config.objective == 'f1':
+    checks.room(config, model.shape, train)
     loss_fn = objectives.generation_loss(
       model.shape, max_new_tokens=config.max_new_tokens, eos_ids=eos_ids
     )
@@ -402,6 +420,8 @@ def _lm(config, model, tokenizer, task, data, encoded):
     prompts = encoded(
       rows, form='prompt', name=text_rows.split_name(data, 'test')
     )
+    checks.tokens(prompts, model.shape)
+    checks.room(config, model.shape, prompts)
     answer = responses.make_answer(
       model.shape,
       tokenizer,
@@ -448,11 +468,13 @@ def _choose_form(config, template, data) -> tuple[Model, str]:
     model = load_model(config, None)
     form = _natural_form(model, template)
   if form == 'head':
+    model = None  # never two in memory
     count = len(data.label_names)
     return load_model(config, 'classify', num_labels=count), form
   model = model or load_model(config, None)
   head = 'lm' if model.shape.causal else 'mlm'
   if model.shape.head != head:
+    model = None
     model = load_model(config, head)
   return model, form
 

@@ -147,8 +147,9 @@ def test_adapters_train_their_part_of_a_hub_model(
   adapter, labelled, bert, tmp_path
 ):
   config = make(
-    model=bert, dataset=labelled, form='head', adapter=adapter, lora_rank=2
-  )
+    model=bert, dataset=labelled, form='head', adapter=adapter,
+    **({'lora_rank': 2} if adapter == 'lora' else {}),
+  )  # fmt: skip
   found = problem.build(config)
   paths = [path for path, _ in keys.named_leaves(found.params)]
   assert 'head/out/kernel' in paths
@@ -227,7 +228,7 @@ def test_features(tmp_path):
   y = (x[:, 0] > 0).astype(np.int8)
   np.savez(path, f_train=x[:40], y_train=y[:40], f_test=x[40:], y_test=y[40:])
   settings = SMALL | {'num_rounds': 40, 'learning_rate': 0.3, 'eval_every': 40}
-  del settings['sequence_length']
+  del settings['sequence_length'], settings['eval_batch_size']
   config = build.resolve(
     from_mapping(settings | {'dataset': str(path), 'batch_size': 8})
   )
@@ -278,7 +279,9 @@ def test_settings_that_nothing_reads_are_refused(labelled):
   with pytest.raises(UsageError, match='template does not apply to dataset py'):
     make(template='{text} {answer}')
   with pytest.raises(UsageError, match='adapter does not apply to dataset a'):
-    make(dataset='a.npz', adapter='lora', sequence_length=128)
+    make(
+      dataset='a.npz', adapter='lora', sequence_length=128, eval_batch_size=32
+    )
   config = make(
     dataset=labelled, objective='accuracy', method='fed_avg',
     num_perturbations=16,
