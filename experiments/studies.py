@@ -55,7 +55,62 @@ _ENCODER = {
   'snapshot_every': 40,
 }
 
+_TREC = {
+  'dataset': 'trec',
+  'template': '{text}\n{answer}',
+  'words': 'A,E,D,H,L,N',
+  'form': 'words',
+  'sequence_length': 64,
+  'num_clients': 8,
+  'batch_size': 8,
+  'eval_examples': 0,
+}
+_DOLLY = {
+  'dataset': 'dolly',
+  'sequence_length': 128,
+  'num_clients': 8,
+  'partition': 'dirichlet',
+  'partition_column': 'category',
+  'batch_size': 4,
+  'eval_examples': 0,
+}
+_BYTE_SPSA = {'num_perturbations': 4, 'num_rounds': 60, 'eval_every': 5}
+_BYTE_FED_AVG = {
+  'method': 'fed_avg',
+  'local_steps': 8,
+  'num_rounds': 10,
+  'eval_every': 1,
+}
+
 STUDIES = {
+  'default': Study(
+    'The default experiment: the embedded model on Python source, 8 clients',
+    {
+      'one-byte SPSA': {},
+      'FedAvg': {'config': 'experiments/configs/fed_avg.py'},
+    },
+    ('bits_per_byte', 'accuracy'),
+    needs=(),
+    log_x=True,
+  ),
+  'byte_trec': Study(
+    'The embedded model on TREC by label words, 8 clients',
+    {
+      'one-byte SPSA': _TREC | _BYTE_SPSA | {'learning_rate': 0.005},
+      'FedAvg': _TREC | _BYTE_FED_AVG | {'learning_rate': 0.1},
+    },
+    ('accuracy', 'macro_f1', 'loss'),
+    log_x=True,
+  ),
+  'byte_dolly': Study(
+    'The embedded model on Dolly instructions, 8 clients, Dirichlet(0.5)',
+    {
+      'one-byte SPSA': _DOLLY | _BYTE_SPSA | {'learning_rate': 0.007},
+      'FedAvg': _DOLLY | _BYTE_FED_AVG | {'learning_rate': 0.1},
+    },
+    ('loss', 'accuracy'),
+    log_x=True,
+  ),
   'minilm_head': Study(
     'A head of 770 parameters on MiniLM features of SST-2, 8 clients',
     {
