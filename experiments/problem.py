@@ -199,7 +199,6 @@ def _assemble(config, model, task, loss_fn, evaluate, notes='') -> Problem:
   adapter = make_adapter(config, model.shape)
   params, frozen = adapter.init(model.params, keys.root(config.seed))
   frozen = jax.device_put(frozen)  # once, not at every evaluation
-  merge = jax.jit(adapter.merge)
 
   def merged_loss(frozen, params, batch):
     whole = adapter.merge(frozen, params)
@@ -212,7 +211,7 @@ def _assemble(config, model, task, loss_fn, evaluate, notes='') -> Problem:
     params=params,
     frozen=frozen,
     loss_fn=merged_loss,
-    evaluate=lambda params: evaluate(merge(frozen, params)),
+    evaluate=lambda params: evaluate(adapter.merge(frozen, params)),
     shape=model.shape,
     notes=notes,
   )
@@ -247,8 +246,7 @@ def export(
     raise UsageError(
       f'model {config.model!r} is not what it was when the run was made'
     )
-  # the program of the evaluations, for the same last bits
-  merged = jax.tree.map(np.asarray, jax.jit(adapter.merge)(frozen, params))
+  merged = jax.tree.map(np.asarray, adapter.merge(frozen, params))
   if model.directory is None or native.is_native(model.directory):
     native.save(directory, shape, merged)
   else:

@@ -30,6 +30,7 @@ References:
 
 import difflib
 import fnmatch
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -250,10 +251,8 @@ def _merge(frozen, trainable, scale):
     elif np.shape(leaf) == (0,):
       raise ValueError(f'trainable has no {path!r}')
     elif f'{path}/a' in given and f'{path}/b' in given:
-      a = jnp.asarray(given.pop(f'{path}/a'), jnp.float32)
-      b = jnp.asarray(given.pop(f'{path}/b'), jnp.float32)
-      product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
-      leaf = _add(jnp.asarray(leaf), scale * product)
+      factors = given.pop(f'{path}/a'), given.pop(f'{path}/b')
+      leaf = _add_low_rank(leaf, *factors, scale)
     merged.append(leaf)
   if given:
     raise ValueError(
@@ -265,6 +264,15 @@ def _merge(frozen, trainable, scale):
 
 def _cast(x, dtype):
   return x if jnp.result_type(x) == dtype else jnp.asarray(x).astype(dtype)
+
+
+# jitted by itself: outside of a jit, `merge` copies nothing that is frozen, and
+# has the same last bits at every place that calls it so
+@functools.partial(jax.jit, static_argnums=3)
+def _add_low_rank(w, a, b, scale: float):
+  a, b = jnp.asarray(a, jnp.float32), jnp.asarray(b, jnp.float32)
+  product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+  return _add(jnp.asarray(w), scale * product)
 
 
 @jax.custom_jvp

@@ -166,8 +166,16 @@ def test_a_pad_token_that_the_model_lacks(monkeypatch, tmp_path):
 
 
 def test_frozen_weights_are_on_the_device_once(places):
-  found = problem.build(labelled_config(places, adapter='lora', lora_rank=2))
+  config = labelled_config(places, adapter='lora', lora_rank=2)
+  found = problem.build(config)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found.frozen))
+  assert found.shape is not None
+  merge = problem.make_adapter(config, found.shape).merge
+  merged = dict(keys.named_leaves(merge(found.frozen, found.params)))
+  changed = {
+    name for name, x in keys.named_leaves(found.frozen) if merged[name] is not x
+  }
+  assert changed == {f'layers/attention/{name}/kernel' for name in 'qv'}
 
 
 def test_models_of_equal_weights_and_another_shape(places, tmp_path):
