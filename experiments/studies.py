@@ -122,7 +122,6 @@ STUDIES = {
       'float32, 8,000 directions': _HEAD | _SMALL | {'codec': 'float32'},
     },
     ('accuracy', 'loss'),
-    seeds=5,
   ),
   'minilm_full': Study(
     'MiniLM-L6, all 22.6 M parameters, on SST-2, 4 clients',
