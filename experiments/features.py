@@ -45,8 +45,9 @@ def main(argv):
     if not _OUT.value:
       raise UsageError('--out is needed: the npz file to write')
     out = pathlib.Path(_OUT.value)
-    if not out.absolute().parent.is_dir():
-      raise UsageError(f'--out: there is no directory {out.parent}')
+    if out.is_dir() or not out.absolute().parent.is_dir():
+      what = 'is a directory' if out.is_dir() else 'is in no directory'
+      raise UsageError(f'--out: {out} {what}; it must be a file to write')
     config = from_mapping(given)
     if problem.kind_of(config) != 'rows':
       raise UsageError(
@@ -78,6 +79,7 @@ def _write(path: pathlib.Path, arrays: dict[str, np.ndarray]) -> None:
       )
     os.replace(partial, path)
   except OSError as error:
+    partial.unlink(missing_ok=True)
     raise UsageError(f'--out: {path} cannot be written: {error}') from error
 
 

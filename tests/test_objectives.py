@@ -204,8 +204,8 @@ def test_evaluation_leaves_fillers_out():
     f1.append(2 * hits / (np.sum(guess == c) + np.sum(y == c)))
   logs = v - np.log(np.exp(v).sum(1, keepdims=True))
   want = -logs[np.arange(len(y)), y].mean()
-  np.testing.assert_allclose(got['accuracy'], (guess == y).mean())
-  np.testing.assert_allclose(got['macro_f1'], np.mean(f1), rtol=1e-6)
+  np.testing.assert_allclose(got['accuracy'], (guess == y).mean(), 1e-12)
+  np.testing.assert_allclose(got['macro_f1'], np.mean(f1), rtol=1e-12)
   np.testing.assert_allclose(got['loss'], want, rtol=1e-5)
 
 

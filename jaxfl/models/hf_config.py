@@ -217,10 +217,13 @@ def _gemma_windows(
   """Every `pattern`-th layer is global, the others are sliding."""
   layers = made['num_layers']
   f.must_be('hidden_act', 'gelu_pytorch_tanh')
+  scalar = f.number('query_pre_attn_scalar', 256)
+  if not scalar:
+    raise f.error('query_pre_attn_scalar is 0, expected a positive number')
   return made | dict(
     activation=f.activation('hidden_activation', 'gelu_pytorch_tanh'),
     norm_place='both',
-    attention_scale=f.number('query_pre_attn_scalar', 256) ** -0.5,
+    attention_scale=scalar**-0.5,
     **_windows(
       _layer_types(f, tuple((i + 1) % pattern > 0 for i in range(layers))),
       f.integer('sliding_window', 4096, 0),

@@ -210,9 +210,14 @@ def pool(how: str, hidden: jax.Array, mask: jax.Array | None) -> jax.Array:
   if how == 'first':
     return hidden[:, 0]
   real = jnp.ones(hidden.shape[:2]) if mask is None else mask
-  real = real.astype(hidden.dtype)
-  if how == 'mean':
-    total = jnp.maximum(jnp.sum(real, axis=1, keepdims=True), 1)
-    return jnp.einsum('btd,bt->bd', hidden, real) / total
+  if how == 'mean':  # in float32: bfloat16 cannot count beyond 256
+    total = jnp.sum(real.astype(jnp.float32), axis=1, keepdims=True)
+    x = jnp.einsum(
+      'btd,bt->bd',
+      hidden,
+      real.astype(hidden.dtype),
+      preferred_element_type=jnp.float32,
+    )
+    return (x / jnp.maximum(total, 1)).astype(hidden.dtype)
   last = hidden.shape[1] - 1 - jnp.argmax(real[:, ::-1] > 0, axis=1)
   return jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]

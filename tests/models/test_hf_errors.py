@@ -52,6 +52,7 @@ def fields_of(name):
     ('gemma', {'use_bidirectional_attention': True}, 'use_bidirectional'),
     ('gemma', {'hidden_activation': 'silu'}, "hidden_activation is 'silu'"),
     ('gemma3', {'attn_logit_softcapping': 5.0}, 'attn_logit_softcapping'),
+    ('gemma3', {'query_pre_attn_scalar': 0}, 'query_pre_attn_scalar is 0'),
     ('gemma3', {'rope_parameters': {'global': {}}}, 'must have the keys f'),
     ('bert', {'is_decoder': True}, 'is_decoder is True'),
     ('bert', {'position_embedding_type': 'relative_key'}, 'relative_key'),

@@ -3,10 +3,11 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl.models import hf
+from jaxfl.models import hf, layers
 from tests.models import hf_tools as tools
 from tests.models.hf_tools import FIXTURES, changed, checkpoint
 
@@ -202,3 +203,12 @@ def test_a_trained_classifier_there_and_back(tmp_path):
   again = hf.load(tmp_path)
   assert (again.config, again.fresh) == (found.config, ())
   jax.tree.map(np.testing.assert_array_equal, again.params, found.params)
+
+
+def test_the_mean_of_many_positions_in_bfloat16():
+  """301 is none of its numbers: 452 / 300 would be 1.508."""
+  states = jnp.full((1, 310, 3), 1.5, jnp.bfloat16)
+  mask = np.arange(310)[None] < 301
+  mean = layers.pool('mean', states, mask)
+  assert mean.dtype == jnp.bfloat16
+  np.testing.assert_array_equal(mean, np.full((1, 3), 1.5))
