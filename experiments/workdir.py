@@ -94,7 +94,8 @@ def check_same(workdir: Workdir, arguments: Sequence[str]) -> None:
 
   Args:
     workdir: of the run.
-    arguments: `--NAME=VALUE` each; where data and model are does not matter.
+    arguments: `--NAME=VALUE` each; where data and model are does not matter,
+      and a config file is not read.
 
   Raises:
     RuntimeError: naming the setting that differs.
@@ -102,10 +103,12 @@ def check_same(workdir: Workdir, arguments: Sequence[str]) -> None:
   had = dataclasses.asdict(read_config(workdir))
   for argument in arguments:
     name, _, value = argument.removeprefix('--').partition('=')
+    if name not in had or name in ('data_dir', 'model'):
+      continue
     found = had[name]
     number = isinstance(found, float)
     same = float(value) == found if number else value == str(found)
-    if not same and name not in ('data_dir', 'model'):
+    if not same:
       raise RuntimeError(
         f'{workdir.path} holds a run with {name} {found}, not {value}: remove'
         ' it or choose another --runs'

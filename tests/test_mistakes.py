@@ -245,7 +245,7 @@ def test_damaged_features(tmp_path):
 def test_a_study_keeps_no_run_of_other_settings(tmp_path):
   there = workdir.Workdir(tmp_path)
   workdir.claim(there, make(mu=1, num_rounds=3))
-  same = ['--mu=1', '--num_rounds=3', '--data_dir=elsewhere', '--seed=0']
+  same = ['--mu=1', '--num_rounds=3', '--data_dir=elsewhere', '--config=x.py']
   workdir.check_same(there, same)
   with pytest.raises(RuntimeError, match=r'with mu 1\.0, not 2'):
     workdir.check_same(there, ['--mu=2', *same[1:]])
