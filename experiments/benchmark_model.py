@@ -34,7 +34,7 @@ os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 import jax
 import numpy as np
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 
 from jaxfl import keys, objectives
 from jaxfl import method as method_lib
@@ -256,4 +256,5 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  logging.set_verbosity(logging.WARNING)
   app.run(main)
