@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfl import codecs, objectives, perturb, schedules
+from jaxfl import codecs, master, objectives, perturb, schedules
 from jaxfl.methods import spsa
 
 
@@ -145,7 +145,7 @@ _CHOICES = {
   'distribution': perturb.DISTRIBUTIONS,
   'sides': spsa.SIDES,
   'scaling': spsa.SCALINGS,
-  'weights': spsa.WEIGHTS,
+  'weights': master.WEIGHTS,
   'forward_dtype': (None, 'bfloat16', 'float16', 'float32'),
   'dtype': ('float32', 'bfloat16'),
   'pool': (None, 'first', 'mean', 'last'),

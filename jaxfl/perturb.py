@@ -32,9 +32,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import grid, keys
+from jaxfl import checks, grid, keys
 from jaxfl import typing as jt
-from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import loops, xla  # pyright: ignore[reportMissingImports]
 
 DISTRIBUTIONS = xla.DISTRIBUTIONS
 # z as a multiple of the integer field that `replay_int` adds
@@ -42,37 +42,6 @@ FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
 
 _LIMIT = 1 << 24  # float32 holds every integer of smaller magnitude
 _MAX_EXPONENT = 100  # keeps 2**e, 2**-e and |W| 2**-e normal and finite
-
-
-def _check_distribution(distribution: str) -> None:
-  if distribution not in DISTRIBUTIONS:
-    raise ValueError(
-      f'unknown distribution {distribution!r}; choose one of '
-      + ', '.join(map(repr, DISTRIBUTIONS))
-    )
-
-
-def _check_key(name: str, key: jt.Array, rank: int) -> jax.Array:
-  array = jnp.asarray(key)
-  if array.dtype != jnp.uint32:
-    raise TypeError(f'{name} must be uint32, got {array.dtype}')
-  if array.ndim != rank or array.shape[-1] != 2:
-    expected = '[2]' if rank == 1 else '[K, 2]'
-    raise ValueError(f'{name} must be uint32{expected}, got {array.shape}')
-  return array
-
-
-def _named_arrays(params: jt.Params) -> dict[str, jax.Array]:
-  """The leaves by path; raises TypeError if one is not a floating array."""
-  leaves = {}
-  for path, leaf in keys.named_leaves(params):
-    array = jnp.asarray(leaf)
-    if not jnp.issubdtype(array.dtype, jnp.floating):
-      raise TypeError(
-        f'parameter {path!r} must be of a floating type, got {array.dtype}'
-      )
-    leaves[path] = array
-  return leaves
 
 
 def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
@@ -128,8 +97,8 @@ def field(
     ValueError: if the distribution is unknown or the direction's shape wrong.
     TypeError: if the direction is not uint32.
   """
-  _check_distribution(distribution)
-  key = keys.leaf_key(_check_key('direction', direction, 1), path)
+  checks.distribution(distribution, DISTRIBUTIONS)
+  key = keys.leaf_key(checks.key('direction', direction, '[2]'), path)
   return xla.field(key, tuple(shape), offset, distribution=distribution)
 
 
@@ -159,12 +128,12 @@ def perturb(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the direction is not uint32.
   """
-  _check_distribution(distribution)
-  direction = _check_key('direction', direction, 1)
+  checks.distribution(distribution, DISTRIBUTIONS)
+  direction = checks.key('direction', direction, '[2]')
   scale = jnp.asarray(scale, jnp.float32)
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
-  leaves = _named_arrays(params)
+  leaves = checks.named_arrays(params)
   new = [
     xla.add(w, key, scale, distribution=distribution)
     for w, key in zip(
@@ -198,15 +167,15 @@ def replay(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the directions are not uint32.
   """
-  _check_distribution(distribution)
-  directions = _check_key('directions', directions, 2)
+  checks.distribution(distribution, DISTRIBUTIONS)
+  directions = checks.key('directions', directions, '[K, 2]')
   coefficients = jnp.asarray(coefficients, jnp.float32)
   if coefficients.shape != directions.shape[:1]:
     raise ValueError(
       f'{directions.shape[0]} directions need as many coefficients, got '
       f'shape {coefficients.shape}'
     )
-  leaves = _named_arrays(params)
+  leaves = checks.named_arrays(params)
 
   add = functools.partial(xla.add, distribution=distribution)
   new = [
@@ -218,12 +187,16 @@ def replay(
   return jax.tree.structure(params).unflatten(new)
 
 
-def _sum_exceeds(units: jax.Array, limit: int) -> jax.Array:
-  """bool[]: sum |units| > limit, for int32[K] units and limit < 2**31 - 1.
+def sum_exceeds(units: jax.Array, distribution: str) -> jax.Array:
+  """bool[...]: the sum over the last axis might leave int32; see `replay_int`.
 
-  A sum that saturates at limit + 1 <= 2**31 - 1 can't wrap in uint32, and is
-  associative.
+  A sum that saturates above the limit can't wrap in uint32, and is associative.
+
+  Args:
+    units: int32[..., K].
+    distribution: 'rademacher' or 'popcount16'.
   """
+  limit = (2**31 - 1 - _LIMIT) // xla.LARGEST[distribution]
   top = np.uint32(limit + 1)
   bits = jax.lax.bitcast_convert_type(units, jnp.uint32)
   magnitude = jnp.where(units < 0, ~bits + np.uint32(1), bits)
@@ -231,9 +204,52 @@ def _sum_exceeds(units: jax.Array, limit: int) -> jax.Array:
     jnp.minimum(magnitude, top),
     np.uint32(0),
     lambda x, y: jnp.minimum(x + y, top),
-    (0,),
+    (units.ndim - 1,),
   )
   return total > np.uint32(limit)
+
+
+def as_int32(name: str, units) -> jax.Array:
+  """The integers as int32.
+
+  Raises:
+    TypeError: if they are not integers that fit whatever their values.
+  """
+  dtype = units.dtype  # before JAX truncates int64
+  if dtype.kind not in 'iu' or not np.can_cast(dtype, np.int32):
+    raise TypeError(f'{name} must fit int32, got {dtype}')
+  return jnp.asarray(units, jnp.int32)
+
+
+def on_grid(path: str, w: jax.Array, e, update) -> tuple[jax.Array, jax.Array]:
+  """Applies an update of integers to a tensor on its grid.
+
+  Args:
+    path: the tensor's path, for error messages.
+    w: float32[...].
+    e: int32[], the exponent.
+    update: int32[...] -> int32[...].
+
+  Returns:
+    The new tensor, and bool[]: the old or new one or the exponent is out of
+    range, or the old one not on its grid.
+  """
+  e = jnp.asarray(e, jnp.int32)
+  if w.dtype != jnp.float32:
+    raise TypeError(f'parameter {path!r} must be float32, got {w.dtype}')
+  if e.shape:
+    raise ValueError(f'{path!r}: expected an exponent [], got {e.shape}')
+  scaled = w * grid.power_of_two(e)
+  old = scaled.astype(jnp.int32)
+  new = update(old)
+  fits = jnp.all(
+    (jnp.abs(scaled) < _LIMIT)
+    & (old.astype(jnp.float32) == scaled)
+    & (new < _LIMIT)
+    & (new > -_LIMIT)
+  )
+  overflow = ~fits | (jnp.abs(e) > _MAX_EXPONENT)
+  return new.astype(jnp.float32) * grid.power_of_two(-e), overflow
 
 
 def replay_int(
@@ -273,43 +289,21 @@ def replay_int(
     TypeError: if a parameter is not float32, units are not integers (the path
       is named), or directions are not uint32.
   """
-  _check_distribution(distribution)
-  if distribution not in xla.LARGEST:
-    raise ValueError(
-      f'{distribution!r} has no exact integer form; choose one of '
-      + ', '.join(map(repr, xla.LARGEST))
-    )
-  directions = _check_key('directions', directions, 2)
-  largest = xla.LARGEST[distribution]
-  limit = (2**31 - 1 - _LIMIT) // largest
-  leaves = _named_arrays(params)
+  checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
+  directions = checks.key('directions', directions, '[K, 2]')
+  leaves = checks.named_arrays(params)
   treedef = jax.tree.structure(params)
-
   add_units = functools.partial(xla.add_units, distribution=distribution)
 
   def leaf(path, w, leaf_keys, unit, e):
-    if w.dtype != jnp.float32:
-      raise TypeError(f'parameter {path!r} must be float32, got {w.dtype}')
-    dtype = unit.dtype  # before JAX truncates int64
-    if dtype.kind not in 'iu' or not np.can_cast(dtype, np.int32):
-      raise TypeError(f'units of {path!r} must fit int32, got {dtype}')
-    unit, e = jnp.asarray(unit, jnp.int32), jnp.asarray(e, jnp.int32)
-    if unit.shape != directions.shape[:1] or e.shape:
+    unit = as_int32(f'units of {path!r}', unit)
+    if unit.shape != directions.shape[:1]:
       raise ValueError(
-        f'{path!r}: expected units [{directions.shape[0]}] and an exponent '
-        f'[], got {unit.shape} and {e.shape}'
+        f'{path!r}: expected units [{directions.shape[0]}], got {unit.shape}'
       )
-    scaled = w * grid.power_of_two(e)
-    old = scaled.astype(jnp.int32)
-    new = _scan(add_units, old, leaf_keys, unit)
-    fits = jnp.all(
-      (jnp.abs(scaled) < _LIMIT)
-      & (old.astype(jnp.float32) == scaled)
-      & (new < _LIMIT)
-      & (new > -_LIMIT)
-    )
-    overflow = ~fits | _sum_exceeds(unit, limit) | (jnp.abs(e) > _MAX_EXPONENT)
-    return new.astype(jnp.float32) * grid.power_of_two(-e), overflow
+    update = lambda total: _scan(add_units, total, leaf_keys, unit)
+    new, overflow = on_grid(path, w, e, update)
+    return new, overflow | sum_exceeds(unit, distribution)
 
   results = [
     leaf(path, w, *rest)
@@ -325,3 +319,44 @@ def replay_int(
     treedef.unflatten([w for w, _ in results]),
     treedef.unflatten([overflow for _, overflow in results]),
   )
+
+
+def project(
+  delta: jt.Params,
+  directions: jt.Array,
+  *,
+  distribution: str = 'rademacher',
+) -> jax.Array:
+  """The inner products `<z_k, delta>` over all tensors: `replay` transposed.
+
+  Args:
+    delta: pytree of floating-point arrays.
+    directions: uint32[K, 2].
+    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+
+  Returns:
+    float32[K], whatever the type of `delta`. Sums in float32, over parts of a
+    tensor first; the last bits may differ between backends and shardings.
+
+  Raises:
+    ValueError: if the distribution is unknown, a shape is wrong, or two
+      parameters have the same path.
+    TypeError: if an array is not of a floating type (the path is named) or the
+      directions are not uint32.
+  """
+  checks.distribution(distribution, DISTRIBUTIONS)
+  directions = checks.key('directions', directions, '[K, 2]')
+  leaves = checks.named_arrays(delta)
+  total = jnp.zeros(len(directions), jnp.float32)
+  for x, leaf_keys in zip(
+    leaves.values(), _leaf_keys(directions, leaves), strict=True
+  ):
+    shape = xla.view(x.shape)
+    total += loops.project(
+      x.reshape(shape),
+      leaf_keys,
+      len(directions),
+      rectangle=(0, 0, *shape),
+      distribution=distribution,
+    )
+  return total

@@ -156,10 +156,10 @@ def _rectangle(key, shape, offset, distribution, aligned):
   return lax.dynamic_slice(whole, start, shape)
 
 
-def _raw(key, shape, distribution):
-  """The raw field of a whole tensor, in the tensor's shape."""
-  zero = np.uint32(0)
-  raw = _rectangle(key, view(shape), (zero, zero), distribution, True)
+def _raw(key, shape, distribution, offset):
+  """The raw field in the shape of a tensor or rectangle; see `add`."""
+  row, col = (np.uint32(x) if isinstance(x, int) else x for x in offset)
+  raw = _rectangle(key, view(shape), (row, col), distribution, True)
   return raw.reshape(shape)
 
 
@@ -203,7 +203,7 @@ def _field(key, offset, *, shape, distribution, aligned):
 
 
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
-def add(w, key, scale, *, distribution):
+def add(w, key, scale, *, distribution, offset=(0, 0)):
   """`w + scale * z`, rounded once per operation in float32.
 
   The sign of z is applied to the bits of the product, so that no compiler can
@@ -214,13 +214,15 @@ def add(w, key, scale, *, distribution):
     key: uint32[2], a leaf key.
     scale: float32[].
     distribution: one of `DISTRIBUTIONS`.
+    offset: if `w` is a rectangle of the (R, C) view of a tensor, its first row,
+      a multiple of 64, and column; Python integers or uint32[] values.
 
   Returns:
     An array like `w`.
   """
   if not w.size:
     return w
-  raw = _raw(key, w.shape, distribution)
+  raw = _raw(key, w.shape, distribution, offset)
   if distribution == 'rademacher':
     step = _flip(scale, raw)
   else:
@@ -231,7 +233,7 @@ def add(w, key, scale, *, distribution):
 
 
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
-def add_units(total, key, unit, *, distribution):
+def add_units(total, key, unit, *, distribution, offset=(0, 0)):
   """`total + unit * Z` in int32, with the integer field Z.
 
   Z is z for rademacher and 2 z, in [-8, 8], for popcount16.
@@ -241,14 +243,37 @@ def add_units(total, key, unit, *, distribution):
     key: uint32[2], a leaf key.
     unit: int32[].
     distribution: a key of `LARGEST`.
+    offset: as for `add`.
 
   Returns:
     int32 like `total`; wraps modulo 2**32.
   """
   if not total.size:
     return total
-  raw = _raw(key, total.shape, distribution)
+  raw = _raw(key, total.shape, distribution, offset)
   if distribution == 'rademacher':
     minus = lax.bitcast_convert_type(raw, jnp.int32) >> np.int32(31)
     return total + ((unit ^ minus) - minus)
   return total + unit * raw
+
+
+@functools.partial(jax.jit, static_argnames='distribution', inline=True)
+def dot(x, key, *, distribution, offset=(0, 0)):
+  """`sum(x * z)`: first over rows, then over columns.
+
+  Args:
+    x: float[...]; types other than float32 are converted.
+    key: uint32[2], a leaf key.
+    distribution: one of `DISTRIBUTIONS`.
+    offset: as for `add`.
+
+  Returns:
+    float32[], up to rounding: the order of the sums is the backend's.
+  """
+  x = x.astype(jnp.float32)
+  raw = _raw(key, x.shape, distribution, offset)
+  if distribution == 'rademacher':
+    terms = _flip(x, raw)
+  else:
+    terms = x * _as_field(raw, distribution)
+  return jnp.sum(jnp.sum(terms.reshape(view(x.shape)), axis=0))

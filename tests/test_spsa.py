@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl import digest, grid, keys, perturb
+from jaxfl import digest, grid, keys, master, perturb
 from jaxfl import method as method_lib
 from jaxfl.methods import spsa
 from jaxfl.runtime import simulate
@@ -179,7 +179,7 @@ def test_accuracy_works_as_an_objective():
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'float16'])
-@pytest.mark.parametrize('weights', spsa.WEIGHTS)
+@pytest.mark.parametrize('weights', master.WEIGHTS)
 def test_a_hundred_thousand_cycles_at_rate_zero_change_no_bit(dtype, weights):
   method = spsa.spsa(
     lambda p, b: jnp.sum(jnp.square(p['w'].astype(jnp.float32))),
@@ -250,7 +250,7 @@ def test_huge_coefficients_that_cancel_are_reported():
     assert method.check(after) is not None
 
 
-@pytest.mark.parametrize('weights', spsa.WEIGHTS)
+@pytest.mark.parametrize('weights', master.WEIGHTS)
 @pytest.mark.parametrize('weight_decay', [0.0, 1e-3])
 def test_padding_changes_no_bit(weights, weight_decay):
   """One message in one slot is inlined and fused; in four it is not."""
@@ -324,7 +324,7 @@ def test_bad_arguments_are_named(changes, message):
 def test_grid_equals_float_weights_to_rounding():
   """Both arithmetics take the same steps; grids round each coefficient."""
   ends = []
-  for weights in spsa.WEIGHTS:
+  for weights in master.WEIGHTS:
     method = table.CASES['spsa-float32-codec'].build(weights=weights)
     state = method.init(table.params())
     for round in range(10):

@@ -28,13 +28,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import codecs, estimators, grid, keys, perturb, schedules
+from jaxfl import codecs, estimators, keys, master, perturb, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')
 SCALINGS = ('mean', 'sum')
-WEIGHTS = ('grid', 'float32')
 
 
 class SPSAState(NamedTuple):
@@ -91,7 +90,7 @@ def spsa(
   """
   _one_of('sides', sides, SIDES)
   _one_of('scaling', scaling, SCALINGS)
-  _one_of('weights', weights, WEIGHTS)
+  _one_of('weights', weights, master.WEIGHTS)
   _one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if num_perturbations < 1:
     raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
@@ -117,13 +116,7 @@ def spsa(
     return keys.fold(base[..., None, :], sample)
 
   def init(params):
-    exponents = grid.exponents(params)
-    return SPSAState(
-      params=_master(params, exponents, weights),
-      exponents=exponents,
-      overflow=jax.tree.map(lambda _: jnp.zeros((), bool), params),
-      round=jnp.int32(0),
-    )
+    return SPSAState(*master.init(params, weights), jnp.int32(0))
 
   def client(state, local, batches, party):
     directions = directions_of(party.id, party.round)
@@ -159,21 +152,20 @@ def spsa(
     lr = schedules.at(lr_table, state.round)
     # products only, each rounded once: the same bits on every device
     coefficients = -(lr * jnp.where(accepted, g, 0.0)) * part
-    directions = directions_of(cohort.id, cohort.round)
-    rate = schedules.at(rate_table, state.round) if weight_decay else None
-    update = _grid_update if weights == 'grid' else _float_update
-    params, overflow = update(
-      state, directions, coefficients, cohort.id, rate, distribution, root
+    held = master.Master(state.params, state.exponents, state.overflow)
+    if weight_decay:
+      rate = schedules.at(rate_table, state.round)
+      key = master.decay_key(root, state.round)
+      held = master.decay(held, rate, key, weights=weights)
+    order = jnp.argsort(cohort.id)  # integer sums have none; others need one
+    held = master.add(
+      held,
+      directions_of(cohort.id, cohort.round)[order].reshape(-1, 2),
+      coefficients[order].reshape(-1),
+      distribution=distribution,
+      weights=weights,
     )
-    return SPSAState(params, state.exponents, overflow, state.round + 1)
-
-  def check(state):
-    flags = jax.device_get(state.overflow)
-    names = [path for path, flag in keys.named_leaves(flags) if flag]
-    if not names:
-      return None
-    where = ', '.join(names)
-    return f'weights left their range in: {where}; lower the learning rate'
+    return SPSAState(*held, state.round + 1)
 
   return method_lib.Method(
     init=init,
@@ -188,69 +180,8 @@ def spsa(
     backwards=0,
     projected_grads=num_perturbations,
     weight_limit=(2**31 - 1) // num_perturbations,
-    check=check,
+    check=lambda state: master.check(state.overflow),
   )
-
-
-def _master(params, exponents, weights):
-  """float32 master weights, without -0.0, whose sign an add of 0 may change."""
-  if weights == 'grid':
-    return grid.snap(params, exponents)
-  to_master = lambda x: grid.positive_zero(jnp.asarray(x, jnp.float32))
-  return jax.tree.map(to_master, params)
-
-
-def _in_order(ids, directions, coefficients):
-  """Directions [C K, 2] and coefficients [C K] in the order of party ids."""
-  order = jnp.argsort(ids)
-  return directions[order].reshape(-1, 2), coefficients[order].reshape(-1)
-
-
-def _grid_update(
-  state, directions, coefficients, ids, rate, distribution, root
-):
-  """w + sum_k c_k z_k, and decay, on the grid."""
-  params = state.params
-  if rate is not None:
-    key = keys.fold(keys.stream(root, 'decay'), state.round)
-    params = grid.decay(params, state.exponents, rate, key)
-  if distribution == 'gaussian':  # has no integers: ordered, then rounded
-    params = perturb.replay(
-      params,
-      *_in_order(ids, directions, coefficients),
-      distribution=distribution,
-    )
-    params = grid.snap(params, state.exponents)
-    overflow = grid.out_of_range(params, state.exponents)
-  else:  # integer sums have no order
-    directions = directions.reshape(-1, 2)
-    coefficients = coefficients.reshape(-1) * perturb.FIELD_UNIT[distribution]
-    params, overflow = perturb.replay_int(
-      params,
-      directions,
-      grid.to_units(coefficients, state.exponents, directions),
-      state.exponents,
-      distribution=distribution,
-    )
-  return params, jax.tree.map(jnp.logical_or, state.overflow, overflow)
-
-
-def _float_update(
-  state, directions, coefficients, ids, rate, distribution, root
-):
-  """The same with float32 adds in the order of party ids."""
-  del root  # Unused: no dither.
-  params = state.params
-  if rate is not None:
-    params = jax.tree.map(lambda x: grid.shrink(x, 1.0 - rate), params)
-  params = perturb.replay(
-    params,
-    *_in_order(ids, directions, coefficients),
-    distribution=distribution,
-  )
-  finite = jax.tree.map(lambda x: jnp.all(jnp.isfinite(x)), params)
-  overflow = jax.tree.map(lambda old, f: old | ~f, state.overflow, finite)
-  return params, overflow
 
 
 def _one_of(field, value, choices):
