@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from absl import app, flags, logging
 
-from experiments import checks, problem, progress, text_rows
+from experiments import checks, models, problem, progress, text_rows
 from experiments.config import UsageError, from_mapping
 from jaxfl.data import encode, examples
 from jaxfl.models import layers, transformer
@@ -89,10 +89,10 @@ def compute(config) -> dict[str, np.ndarray]:
   if not data.label_names:
     raise ValueError('the rows have no labels')
   template = text_rows.template_of(config, data)
-  model = problem.load_model(
+  model = models.load_model(
     config, 'classify', num_labels=len(data.label_names)
   )
-  tokenizer = problem.load_tokenizer(model)
+  tokenizer = models.load_tokenizer(model)
 
   @jax.jit
   def pooled(params, batch):

@@ -9,13 +9,9 @@ Three kinds of data, each with the settings that it reads:
 
 import pathlib
 
-from experiments import (
-  features_problem,
-  parts,
-  rows_problem,
-  text_problem,
-)
+from experiments import features_problem, rows_problem, text_problem
 from experiments.config import Config, UsageError
+from experiments.parts import Problem
 from jaxfl.data import catalog, sources
 
 _ROWS_SETTINGS = frozenset(
@@ -34,6 +30,11 @@ SETTINGS = {
   'text': _MODEL,
   'features': _PARTITION,
   'rows': _ROWS_SETTINGS | _PARTITION | _MODEL,
+}
+_BUILDERS = {
+  'text': text_problem.build,
+  'features': features_problem.build,
+  'rows': rows_problem.build,
 }
 
 
@@ -64,11 +65,8 @@ def build(config: Config) -> Problem:
   Raises:
     UsageError: naming the setting, file or field that is wrong.
   """
-  kind = kind_of(config)
   try:
-    if kind == 'features':
-      return _features(config)
-    return _text(config) if kind == 'text' else _rows(config)
+    return _BUILDERS[kind_of(config)](config)
   except (OSError, ValueError, IndexError) as error:
     raise UsageError(blame(config, error)) from error
 

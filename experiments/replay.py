@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from experiments import build, problem, progress, session
+from experiments import build, models, progress, session
 from experiments import workdir as workdir_lib
 from experiments.config import UsageError, from_mapping
 from jaxfl import checkpoint, digest, keys, metrics
@@ -144,7 +144,7 @@ def write(params, header, workdir, out: str, model: str | None = None) -> None:
     )
   settings = session.settings_of(header)
   config = from_mapping(settings | ({} if model is None else {'model': model}))
-  problem.export(
+  models.export(
     config,
     native.from_json(json.loads(workdir.model.read_text())),
     params,

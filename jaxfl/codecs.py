@@ -10,6 +10,7 @@ rates of 12 bits exact in float32.
     log8                  K         +-2**((m - 64) / 5), m = 1..127, and 0
     linear8               K         q scale / 127, q = -127..127
     sign1                 (K+8)//8  +-scale
+    bfloat16              2 K       the nearest of 8 significant bits
     float32               4 K       as they are
 
 `log8` and `linear8` round to the nearest value; `log8_stochastic` and
@@ -37,6 +38,7 @@ CODECS = (
   'linear8',
   'linear8_stochastic',
   'sign1',
+  'bfloat16',
   'float32',
 )
 
@@ -76,8 +78,8 @@ def codec(name: str, scale: float = 1.0) -> Codec:
     raise ValueError(f'codec must be one of {", ".join(CODECS)}, got {name!r}')
   if not 2.0**-100 <= scale <= 2.0**100:
     raise ValueError(f'scale must be in [2**-100, 2**100], got {scale}')
-  if name == 'float32':
-    return _float32_codec()
+  if name in ('bfloat16', 'float32'):
+    return _float_codec(name)
   if name == 'sign1':
     return _sign_codec(scale)
   levels = log8_levels() if 'log8' in name else linear8_levels(scale)
@@ -163,18 +165,20 @@ def _sign_codec(scale: float) -> Codec:
   return Codec('sign1', encode, decode, struct)
 
 
-def _float32_codec() -> Codec:
-  finite = lambda x: jnp.where(jnp.isfinite(x), x, jnp.float32(jnp.nan))
-  struct = lambda num_values: jax.ShapeDtypeStruct((num_values,), jnp.float32)
+def _float_codec(name: str) -> Codec:
+  """A floating type; no table, as conversion to float32 is exact."""
+  finite = lambda x: jnp.where(jnp.isfinite(x), x, jnp.nan)
+  struct = lambda num_values: jax.ShapeDtypeStruct((num_values,), name)
 
   def encode(values, key):
     del key  # Unused.
-    return finite(_vector(values))
+    return finite(_vector(values).astype(name))
 
   def decode(code, num_values):
-    return finite(_check_code('float32', code, struct(num_values)))
+    code = _check_code(name, code, struct(num_values))
+    return finite(code.astype(jnp.float32))
 
-  return Codec('float32', encode, decode, struct)
+  return Codec(name, encode, decode, struct)
 
 
 def _vector(values) -> jax.Array:

@@ -204,6 +204,16 @@ def test_sign1(num_values):
   assert np.isnan(_decode(codec, rejected, num_values)).all()
 
 
+def test_bfloat16_codec():
+  codec = codecs.codec('bfloat16')
+  # ties to even, 3.4e38 is beyond the largest bfloat16
+  x = _float32([1.0, -0.5, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan, -np.inf])
+  expected = [1.0, -0.5, 1.0, 1 + 2**-6, np.nan, np.nan, np.nan]
+  code = _encode(codec, x)
+  assert code.dtype == 'bfloat16' and code.nbytes == 14
+  np.testing.assert_array_equal(_decode(codec, code, 7), _float32(expected))
+
+
 def test_float32_codec():
   codec = codecs.codec('float32')
   x = _float32([1.1, -0.0, np.nan, np.inf, -np.inf, 1e-30])

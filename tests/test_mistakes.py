@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, problem, replay, session, workdir
+from experiments import build, models, problem, replay, session, workdir
 from experiments.config import UsageError, from_mapping
 from jaxfl import keys
 from jaxfl.data import features
@@ -111,7 +111,7 @@ def test_seeds_of_64_bits_make_heads_of_their_own(places):
   heads = []
   for seed in (1, 2**32 + 1, 2**64 - 1):
     config = labelled_config(places, seed=seed)
-    model = problem.load_model(config, 'classify', num_labels=2)
+    model = models.load_model(config, 'classify', num_labels=2)
     heads.append(np.asarray(model.params['head']['out']['kernel']))
   assert not np.array_equal(heads[0], heads[1])
   assert not np.array_equal(heads[0], heads[2])
@@ -147,21 +147,21 @@ def test_weights_that_are_not_finite(places, tmp_path):
 
 
 def test_tokens_that_the_model_lacks(places, monkeypatch):
-  loaded = problem.load_tokenizer(problem.Model(SHAPE, {}, None))
+  loaded = models.load_tokenizer(models.Model(SHAPE, {}, None))
   encode = lambda texts: [[300] * len(text) for text in texts]
   monkeypatch.setattr(
-    problem, 'load_tokenizer', lambda model: loaded._replace(encode=encode)
+    models, 'load_tokenizer', lambda model: loaded._replace(encode=encode)
   )
   with pytest.raises(UsageError, match='the token 300, and the model has 256'):
     problem.build(labelled_config(places, form='candidates'))
 
 
 def test_a_pad_token_that_the_model_lacks(monkeypatch, tmp_path):
-  loaded = problem.load_tokenizer(problem.Model(SHAPE, {}, None))
+  loaded = models.load_tokenizer(models.Model(SHAPE, {}, None))
   monkeypatch.setattr(
-    problem.tokenizer_lib, 'load', lambda path: loaded._replace(pad_id=256)
+    models.tokenizer_lib, 'load', lambda path: loaded._replace(pad_id=256)
   )
-  found = problem.load_tokenizer(problem.Model(SHAPE, {}, tmp_path))
+  found = models.load_tokenizer(models.Model(SHAPE, {}, tmp_path))
   assert found.pad_id == 0
 
 
@@ -170,7 +170,7 @@ def test_frozen_weights_are_on_the_device_once(places):
   found = problem.build(config)
   assert all(isinstance(x, jax.Array) for x in jax.tree.leaves(found.frozen))
   assert found.shape is not None
-  merge = problem.make_adapter(config, found.shape).merge
+  merge = models.make_adapter(config, found.shape).merge
   merged = dict(keys.named_leaves(merge(found.frozen, found.params)))
   changed = {
     name for name, x in keys.named_leaves(found.frozen) if merged[name] is not x
@@ -199,7 +199,7 @@ def test_export_with_a_model_that_has_moved(places, tmp_path):
   there.model.write_text(json.dumps(native.to_json(SHAPE)))
   digests = {'data_digest': '', 'frozen_digest': ''}
   found = problem.build(labelled_config(places))
-  digests['frozen_digest'] = problem.digest_lib.digest(found.frozen)
+  digests['frozen_digest'] = models.digest_lib.digest(found.frozen)
   header = types.SimpleNamespace(config=dataclasses.asdict(config) | digests)
   with pytest.raises(FileNotFoundError, match='gone'):
     replay.write(found.params, header, there, str(tmp_path / 'out'))

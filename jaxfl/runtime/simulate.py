@@ -111,10 +111,11 @@ class Round(NamedTuple):
 
 
 class Programs(NamedTuple):
-  """The two compiled programs of a run."""
+  """The two compiled programs of a run, and who calls the first."""
 
   client: Any  # state, local[B], batches[B], party[B] -> message[B], ...
   server: Any  # state, messages[C], cohort[C] -> state
+  run_clients: Any = None  # in place of `run_clients`, with its arguments
 
 
 def compile_method(
@@ -208,8 +209,9 @@ def simulate(
     local: private client states of a snapshot, leading axis num_clients.
     log: rounds that it holds are replayed, new ones are appended to it before
       they are applied.
-    block_size: clients that run at once under `vmap`.
-    programs: from `compile_method(method)`, to share compiled programs.
+    block_size: clients that run at once under `vmap`, on every device.
+    programs: from `compile_method(method)`, to share compiled programs, or
+      from `mesh.compile_method(method, mesh)`, to run on a mesh.
 
   Yields:
     A `Round` each.
@@ -238,7 +240,8 @@ def simulate(
       record = log.read(round, like)
       ids = record.ids
     if record is None or stateful:
-      messages, local, loss = _run_clients(
+      run = programs.run_clients or run_clients
+      messages, local, loss = run(
         programs, state, local, checked, population, round, ids, block_size
       )
     else:
@@ -303,33 +306,59 @@ def init_local(
   )
 
 
-def _run_clients(
-  programs, state, local, batch_fn, population, round, ids, block_size
-):
-  """Messages [C, ...] of the clients `ids`, new local states, mean loss."""
-  blocks, losses = [], []
+class Block(NamedTuple):
+  """Clients that run at once, with what they run on."""
+
+  ids: np.ndarray  # int32[n], n <= B
+  batches: jt.Batch  # leaves [B, ...]; copies from the n-th on
+  party: method_lib.Party  # fields [B]
+
+
+def blocks(
+  batch_fn: BatchFn,
+  population: Population,
+  round: int,
+  ids: np.ndarray,
+  block_size: int,
+) -> Iterator[Block]:
+  """Blocks of `block_size` clients; the last is filled up with copies."""
   for start in range(0, len(ids), block_size):
     block = ids[start : start + block_size]
-    # the last block is filled up with copies, which are dropped again
     filled = np.resize(block, block_size) if len(block) < block_size else block
     batches = [batch_fn(round, int(i)) for i in filled]
-    batches = stacking.stack(batches, filled)
     party = method_lib.Party(
       id=np.asarray(filled, np.int32),
       round=np.full(block_size, round, np.int32),
       weight=population.weight_of(filled),
     )
-    mine = jax.tree.map(lambda x: x[filled], local)
-    message, mine, metrics = programs.client(state, mine, batches, party)
+    yield Block(block, stacking.stack(batches, filled), party)
+
+
+def run_clients(
+  programs, state, local, batch_fn, population, round, ids, block_size
+):
+  """Messages [C, ...] of the clients `ids`, new local states, mean loss."""
+  arrived, losses = [], []
+  for block in blocks(batch_fn, population, round, ids, block_size):
+    mine = jax.tree.map(lambda x, b=block: x[b.party.id], local)
+    message, mine, metrics = programs.client(
+      state, mine, block.batches, block.party
+    )
     message, mine, loss = jax.device_get((message, mine, metrics['loss']))
-    n = len(block)
-    blocks.append(jax.tree.map(lambda x: x[:n], message))
+    n = len(block.ids)
+    arrived.append(jax.tree.map(lambda x, n=n: x[:n], message))
     losses.append(loss[:n])
-    jax.tree.map(lambda all, new: all.__setitem__(block, new[:n]), local, mine)
-  if not blocks:
+    put_back(local, block.ids, mine)
+  if not arrived:
     return (), local, None
-  messages = jax.tree.map(lambda *xs: np.concatenate(xs), *blocks)
+  messages = jax.tree.map(lambda *xs: np.concatenate(xs), *arrived)
   return messages, local, float(np.concatenate(losses).mean())
+
+
+def put_back(local: Any, ids: np.ndarray, mine: Any) -> None:
+  """Writes new private states of the clients `ids`, the first rows of `mine`."""
+  n = len(ids)
+  jax.tree.map(lambda all, new: all.__setitem__(ids, new[:n]), local, mine)
 
 
 def _transmit(messages, ids, like):
