@@ -356,7 +356,7 @@ def run_clients(
 
 
 def put_back(local: Any, ids: np.ndarray, mine: Any) -> None:
-  """Writes new private states of the clients `ids`, the first rows of `mine`."""
+  """Writes new private states of clients, the first rows of `mine`."""
   n = len(ids)
   jax.tree.map(lambda all, new: all.__setitem__(ids, new[:n]), local, mine)
 
