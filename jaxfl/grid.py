@@ -125,15 +125,23 @@ def to_units(
     keys.fold(keys.stream(directions, 'rounding')[None], tensor_ids[:, None])
   )  # float32[T, N]
   leaves, treedef = jax.tree.flatten(exponents)
-
-  def leaf(e, u):
-    x = coefficients * power_of_two(e)
-    x = jnp.clip(x, -_MAX_UNITS, _MAX_UNITS)
-    whole = jnp.floor(x)
-    up = (u < x - whole).astype(jnp.int32)
-    return whole.astype(jnp.int32) + up
-
+  leaf = lambda e, u: round_units(coefficients * power_of_two(e), u)
   return treedef.unflatten([leaf(e, dither[i]) for i, e in enumerate(leaves)])
+
+
+def round_units(x: jax.Array, uniform: jax.Array) -> jax.Array:
+  """Rounds to one of the two nearest integers, without bias.
+
+  Args:
+    x: float32[...], finite; clipped to int32.
+    uniform: float32[...] in [0, 1), see `keys.uniform`.
+
+  Returns:
+    int32[...].
+  """
+  x = jnp.clip(x, -_MAX_UNITS, _MAX_UNITS)
+  whole = jnp.floor(x)
+  return whole.astype(jnp.int32) + (uniform < x - whole).astype(jnp.int32)
 
 
 def decay(
