@@ -1,6 +1,6 @@
 """Leaf-level operations of shared randomness; installed as `jaxfl.kernels`.
 
-`jaxfl.perturb` is the only importer. The folder lies at the top of the
+`jaxfl.perturb` and `jaxfl.blocks` are the only importers. The folder lies at the top of the
 repository, but `kernels` is a name that another package on PyPI owns, so this
 code answers to `jaxfl.kernels` alone. Under the other name it is an empty
 module: libraries that only look whether there is a package `kernels` (such as
