@@ -145,9 +145,7 @@ def compile_method(
   Raises:
     ValueError: if only one of `build` and `frozen` is given.
   """
-  if (build is None) != (frozen is None):
-    missing = 'build' if build is None else 'frozen'
-    raise ValueError(f'build and frozen go together, {missing} is missing')
+  check_frozen(build, frozen)
   over_clients = functools.partial(jax.vmap, in_axes=(None, 0, 0, 0))
   if build is None:
     client = jax.jit(over_clients(method.client))
@@ -155,6 +153,13 @@ def compile_method(
     run = lambda frozen, *args: over_clients(build(frozen).client)(*args)
     client = functools.partial(jax.jit(run), jax.device_put(frozen))
   return Programs(client=client, server=jax.jit(method.server))
+
+
+def check_frozen(build: Any, frozen: Any) -> None:
+  """Raises ValueError if only one of `build` and `frozen` is given."""
+  if (build is None) != (frozen is None):
+    missing = 'build' if build is None else 'frozen'
+    raise ValueError(f'build and frozen go together, {missing} is missing')
 
 
 def pad(messages, ids, weights, round, num_slots):
@@ -233,6 +238,9 @@ def simulate(
   if local is None:
     local = init_local(method, state.params, population.num_clients)
   stateful = bool(jax.tree.leaves(local))
+  last_round: dict[int, int] = {}  # in which a client was sampled
+  for round in range(first_round):
+    last_round |= dict.fromkeys(population.sample(round)[0].tolist(), round)
   for round in range(first_round, num_rounds):
     sampled, ids = population.sample(round)
     record = None
@@ -252,11 +260,13 @@ def simulate(
       messages, weights = record.messages, record.weights
     elif log is not None:
       log.append(round, ids, weights, messages)
-    down = method.downlink(
-      state, messages, method_lib.Party(ids, np.int32(round), weights)
-    )
-    receivers = {'everyone': population.num_clients, 'cohort': len(sampled)}
-    bytes_down = len(wire.to_bytes(down)) * receivers[method.receivers]
+    cohort = method_lib.Party(ids, np.int32(round), weights)
+    if method.receivers == 'returning':
+      bytes_down = _catch_up(method, state, round, sampled, last_round)
+    else:
+      down = len(wire.to_bytes(method.downlink(state, messages, cohort)))
+      everyone = method.receivers == 'everyone'
+      bytes_down = down * (population.num_clients if everyone else len(sampled))
     padded = pad(messages, ids, weights, round, population.num_slots)
     state = programs.server(state, *padded)
     if error := method.check(state):
@@ -272,6 +282,19 @@ def simulate(
       backwards=method.backwards * len(ids),
       projected_grads=method.projected_grads * len(ids),
     )
+
+
+def _catch_up(method, state, round, sampled, last_round):
+  """Bytes to bring every sampled client up to date; notes that it is."""
+  sizes: dict[int, int] = {}  # by the round of last time
+  total = 0
+  for client in sampled.tolist():
+    since = last_round.get(client, -1)
+    if since not in sizes:
+      sizes[since] = len(wire.to_bytes(method.downlink(state, since)))
+    total += sizes[since]
+    last_round[client] = round
+  return total
 
 
 def _check_batches(method, batches, client):
