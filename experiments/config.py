@@ -6,7 +6,7 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfl import codecs, master, objectives, perturb, schedules
+from jaxfl import codecs, estimators, master, objectives, perturb, schedules
 from jaxfl.methods import spsa
 
 
@@ -143,7 +143,7 @@ _CHOICES = {
   'mu_schedule': schedules.NAMES,
   'codec': codecs.CODECS,
   'distribution': perturb.DISTRIBUTIONS,
-  'sides': spsa.SIDES,
+  'sides': estimators.SIDES,
   'scaling': spsa.SCALINGS,
   'weights': master.WEIGHTS,
   'forward_dtype': (None, 'bfloat16', 'float16', 'float32'),

@@ -16,7 +16,16 @@ import jax
 
 from jaxfl import typing as jt
 
+SIDES = ('two_sided', 'one_sided')  # names of functions
+
 Perturb = Callable[[jax.Array, jax.Array], jt.Params]  # direction, scale
+
+
+def cast(params: jt.Params, dtype: str | None) -> jt.Params:
+  """The params in the dtype of a forward pass; as they are for None."""
+  if dtype is None:
+    return params
+  return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
 def two_sided(

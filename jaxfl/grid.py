@@ -76,7 +76,7 @@ def shrink(x: jax.Array, factor: jt.Array) -> jax.Array:
 
   Args:
     x: float32[...].
-    factor: float32[], not negative.
+    factor: float32[] or [...], not negative.
   """
   as_bits = lambda v: jax.lax.bitcast_convert_type(v, jnp.uint32)
   factor = jnp.asarray(factor)

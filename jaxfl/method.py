@@ -38,10 +38,16 @@ class Method(NamedTuple):
     server: state, messages, cohort -> state. Messages and cohort are stacked
       along a leading axis; parties of weight 0 are absent and change nothing.
     message: params -> shape of a message, a pytree of `ShapeDtypeStruct`.
-    downlink: state, messages, cohort -> what a receiver gets in this round, as
-      a pytree of arrays without absent parties.
-    receivers: who gets the downlink: `everyone` (all replicas stay current) or
-      `cohort` (the parties of the round).
+    downlink: what a receiver gets in a round, as a pytree of arrays.
+    receivers: who gets it, and what `downlink` is a function of:
+      `everyone`: all replicas stay current; state, messages, cohort -> message,
+        from the state before the round, without absent parties.
+      `cohort`: the parties of the round, before it; the same arguments.
+      `returning`: the parties of the round, before it; state, since -> message:
+        what changed for a party that was current before round `since`, or holds
+        nothing but the base (-1).
+    follow: state, downlink -> state; what a replica does with a downlink. Its
+      params are those of the replicas that applied the messages themselves.
     num_batches: minibatches that a client uses in a round.
     forwards: forward passes of a client in a round, each over one minibatch.
     backwards: backward passes, likewise.
@@ -55,8 +61,9 @@ class Method(NamedTuple):
   client: Callable[..., tuple[jt.Message, Any, jt.Metrics]]
   server: Callable[[Any, jt.Message, Party], Any]
   message: Callable[[jt.Params], jt.Message]
-  downlink: Callable[[Any, jt.Message, Party], jt.Message]
+  downlink: Callable[..., jt.Message]
   receivers: str
+  follow: Callable[[Any, jt.Message], Any]
   num_batches: int
   forwards: int
   backwards: int
@@ -66,42 +73,56 @@ class Method(NamedTuple):
   check: Callable[[Any], str | None] = lambda state: None
 
 
-def fractions(weights: jax.Array) -> jax.Array:
-  """`weights / sum(weights)`, the same bits on every device.
+def quotients(numerators: jax.Array, denominators: jax.Array) -> jax.Array:
+  """`numerators / denominators`, the same bits on every device.
 
   Division is not correctly rounded everywhere, so that the quotient is found by
   long division in integers: 24 significant bits, rounded down.
 
   Args:
-    weights: float32[...], whole numbers; their sum is below 2**31.
+    numerators: uint32[...].
+    denominators: uint32[...] of the same shape or a scalar; not below the
+      numerators, and below 2**31.
 
   Returns:
-    float32[...]; zeros if all weights are zero.
+    float32[...] in [0, 1]; zero for 0 / 0.
   """
-  weights = weights.astype(jnp.uint32)
-  total = jnp.sum(weights)
 
   def divide(_, carry):
     remainder, quotient, exponent = carry
-    more = (weights > 0) & (quotient < 2**23)  # 24 bits are not yet there
+    more = (numerators > 0) & (quotient < 2**23)  # 24 bits are not yet there
     doubled = remainder << 1
-    fits = (doubled >= total).astype(jnp.uint32)
+    fits = (doubled >= denominators).astype(jnp.uint32)
     return (
-      jnp.where(more, doubled - fits * total, remainder),
+      jnp.where(more, doubled - fits * denominators, remainder),
       jnp.where(more, (quotient << 1) | fits, quotient),
       jnp.where(more, exponent - 1, exponent),
     )
 
-  whole = weights == total
+  whole = numerators == denominators
   start = (
-    jnp.where(whole, jnp.uint32(0), weights),
+    jnp.where(whole, jnp.uint32(0), numerators),
     whole.astype(jnp.uint32),
-    jnp.zeros(weights.shape, jnp.int32),
+    jnp.zeros(numerators.shape, jnp.int32),
   )
   # at most 30 leading zeros and 24 bits
   _, quotient, exponent = jax.lax.fori_loop(0, 54, divide, start)
-  quotient = jnp.where(weights > 0, quotient, jnp.uint32(0))
+  quotient = jnp.where(numerators > 0, quotient, jnp.uint32(0))
   return quotient.astype(jnp.float32) * grid.power_of_two(exponent)
+
+
+def fractions(weights: jax.Array) -> jax.Array:
+  """`weights / sum(weights)`, the same bits on every device.
+
+  Args:
+    weights: float32[...], whole numbers; their sum is below 2**31.
+
+  Returns:
+    float32[...] of 24 significant bits, rounded down; zeros if all weights are
+    zero.
+  """
+  weights = weights.astype(jnp.uint32)
+  return quotients(weights, jnp.sum(weights))
 
 
 def weighted_mean(
@@ -150,3 +171,24 @@ def all_messages(state: Any, messages: jt.Message, cohort: Party) -> jt.Message:
   narrow = lambda x: x.astype(np.min_scalar_type(x.max(initial=0)))
   ids = np.asarray(cohort.id).astype(np.uint32)
   return {'id': narrow(ids), 'weight': narrow(weight), 'message': messages}
+
+
+def follow_messages(server: Callable[..., Any]) -> Callable[..., Any]:
+  """`Method.follow` of a method whose downlink is `all_messages`.
+
+  Args:
+    server: of the method; its state has a field `round`.
+  """
+
+  def follow(state, down):
+    num_parties = len(down['id'])
+    cohort = Party(
+      id=jnp.asarray(down['id']).astype(jnp.int32),
+      round=jnp.full(num_parties, state.round),
+      weight=jnp.broadcast_to(
+        jnp.asarray(down['weight']).astype(jnp.float32), num_parties
+      ),
+    )
+    return server(state, down['message'], cohort)
+
+  return follow

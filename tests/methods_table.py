@@ -9,7 +9,7 @@ import optax
 
 from jaxfl import keys
 from jaxfl import method as method_lib
-from jaxfl.methods import fed_avg, spsa
+from jaxfl.methods import decomfl, fed_avg, fedkseed, spsa
 
 NUM_CLIENTS = 6
 ROOT = keys.root(2**40 + 17)
@@ -59,6 +59,27 @@ def _spsa(**changes):
   return build
 
 
+def _fedkseed(**changes):
+  def build(loss_fn=loss_fn, **more):
+    settings = {
+      'learning_rate': 0.03, 'mu': 1e-2, 'num_seeds': 256, 'local_steps': 4
+    }  # fmt: skip
+    return fedkseed.fedkseed(loss_fn, ROOT, **(settings | changes | more))
+
+  return build
+
+
+def _decomfl(**changes):
+  def build(loss_fn=loss_fn, **more):
+    settings = {
+      'learning_rate': 0.06, 'mu': 1e-2, 'local_steps': 2,
+      'num_perturbations': 4,
+    }  # fmt: skip
+    return decomfl.decomfl(loss_fn, ROOT, **(settings | changes | more))
+
+  return build
+
+
 def _fed_avg(**changes):
   def build(loss_fn=loss_fn, **more):
     settings = {'client_optimizer': optax.sgd(0.1)}
@@ -90,6 +111,27 @@ CASES = {
   ),
   'spsa-float32-weights': Case(
     _spsa(weights='float32', weight_decay=1e-3), True, 0.05
+  ),
+  'fedkseed': Case(_fedkseed(), True, 0.02),
+  'fedkseed-sent': Case(
+    _fedkseed(send_indices=True, codec='bfloat16', distribution='popcount16'),
+    True, 0.02,
+  ),
+  'fedkseed-schedule-decay': Case(
+    _fedkseed(learning_rate=_LINEAR, weight_decay=1e-3, num_rounds=100),
+    True, 0.05,
+  ),
+  'fedkseed-pro': Case(_fedkseed(pro=True), True, 0.02),
+  'fedkseed-pro-weighted': Case(
+    _fedkseed(pro=True, importance_weight=True, codec='float32'), True, 0.02
+  ),
+  'decomfl': Case(_decomfl(), True, 0.02),
+  'decomfl-one-sided': Case(
+    _decomfl(sides='one_sided', mu=1e-3, codec='log8', weights='float32'),
+    True, 0.02,
+  ),
+  'decomfl-schedule': Case(
+    _decomfl(learning_rate=_LINEAR, num_rounds=100), True, 0.02
   ),
   'fed_avg': Case(_fed_avg(local_steps=2), False, 0.02),
   'fed_avg-adam': Case(

@@ -210,7 +210,8 @@ def test_bfloat16_codec():
   x = _float32([1.0, -0.5, 1 + 2**-8, 1 + 3 * 2**-8, 3.4e38, np.nan, -np.inf])
   expected = [1.0, -0.5, 1.0, 1 + 2**-6, np.nan, np.nan, np.nan]
   code = _encode(codec, x)
-  assert code.dtype == 'bfloat16' and code.nbytes == 14
+  assert code.dtype == 'bfloat16'
+  assert code.nbytes == 14
   np.testing.assert_array_equal(_decode(codec, code, 7), _float32(expected))
 
 

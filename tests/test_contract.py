@@ -239,6 +239,40 @@ def test_ledger_is_the_bytes(name, tmp_path, monkeypatch):
 
 
 @CASES
+def test_downlink_is_all_that_a_replica_needs(name):
+  """One that sees only frames of the downlink holds the incumbents' params."""
+  case, method = table.CASES[name], built(name)
+  carried = lambda down: wire.from_bytes(wire.to_bytes(down), down)
+  state = follower = method.init(table.params())
+  for round, ids in enumerate(([0, 2], [1, 3, 4], [], [0, 5])):
+    messages, cohort = messages_of(method, state, ids or [0], round)
+    if not ids:
+      messages, cohort = jax.tree.map(lambda x: x[:0], (messages, cohort))
+    before = state
+    padded = simulate.pad(messages, cohort.id, cohort.weight, round, 4)
+    state = compiled(method).server(state, *padded)
+    if method.receivers == 'everyone':
+      down = method.downlink(before, messages, cohort)
+      follower = method.follow(follower, carried(down))
+    elif method.receivers == 'cohort':
+      down = method.downlink(state, messages, cohort)
+      follower = method.follow(follower, carried(down))
+    elif round in (1, 3):  # it was away for a round
+      since = -1 if round == 1 else 2
+      follower = method.follow(follower, carried(method.downlink(state, since)))
+    else:
+      continue
+    if case.exact:
+      assert digest.digest(follower.params) == digest.digest(state.params)
+    else:
+      jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6),
+        follower.params,
+        state.params,
+      )
+
+
+@CASES
 def test_declared_message_is_the_message(name):
   method = built(name)
   state = method.init(table.params())

@@ -93,6 +93,7 @@ def fed_avg(
     message=lambda params: jax.eval_shape(lambda: params),
     downlink=lambda state, messages, cohort: state.params,
     receivers='cohort',
+    follow=lambda state, params: state._replace(params=params),
     num_batches=local_steps,
     forwards=local_steps,
     backwards=local_steps,

@@ -28,11 +28,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import codecs, estimators, keys, master, perturb, schedules
+from jaxfl import (
+  checks,
+  codecs,
+  estimators,
+  keys,
+  master,
+  perturb,
+  schedules,
+)
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
-SIDES = ('two_sided', 'one_sided')
 SCALINGS = ('mean', 'sum')
 
 
@@ -88,10 +95,10 @@ def spsa(
   Raises:
     ValueError: naming the argument that is out of range.
   """
-  _one_of('sides', sides, SIDES)
-  _one_of('scaling', scaling, SCALINGS)
-  _one_of('weights', weights, master.WEIGHTS)
-  _one_of('distribution', distribution, perturb.DISTRIBUTIONS)
+  checks.one_of('sides', sides, estimators.SIDES)
+  checks.one_of('scaling', scaling, SCALINGS)
+  checks.one_of('weights', weights, master.WEIGHTS)
+  checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if num_perturbations < 1:
     raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
   code = codecs.codec(codec, scale=codec_scale)
@@ -125,9 +132,7 @@ def spsa(
       params = perturb.perturb(
         state.params, direction, scale, distribution=distribution
       )
-      if forward_dtype is None:
-        return params
-      return jax.tree.map(lambda x: x.astype(forward_dtype), params)
+      return estimators.cast(params, forward_dtype)
 
     projected_grads, loss = estimate(
       loss_fn,
@@ -174,6 +179,7 @@ def spsa(
     message=lambda params: code.struct(num_perturbations),
     downlink=method_lib.all_messages,
     receivers='everyone',
+    follow=method_lib.follow_messages(server),
     num_batches=num_batches,
     forwards=num_perturbations
     + (num_perturbations if sides == 'two_sided' else 1),
@@ -182,10 +188,3 @@ def spsa(
     weight_limit=(2**31 - 1) // num_perturbations,
     check=lambda state: master.check(state.overflow),
   )
-
-
-def _one_of(field, value, choices):
-  if value not in choices:
-    raise ValueError(
-      f'{field} must be one of {", ".join(choices)}, got {value!r}'
-    )

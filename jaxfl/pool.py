@@ -1,0 +1,168 @@
+"""Weights as a base and one coordinate per seed of a fixed pool.
+
+    w = base_scale * base + sum_k coordinates_k z_k,    z_k = direction(root, k)
+
+(FedKSeed, Qin et al., ICML 2024, https://arxiv.org/abs/2312.06353, eq. 7-8.)
+Coordinates are integers in units of 2**-q, q finer than the grid of every
+tensor by `_FINER` bits, so that their sums have no order. A tensor takes each
+coordinate rounded to its own grid, to nearest. The weights are then a function
+of the coordinates alone: a rebuild in one pass from the base, and the sequence
+of all steps since, give the same bits.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxfl import grid, keys, perturb
+from jaxfl import typing as jt
+from jaxfl.master import Master
+
+MAX_SEEDS = 65536  # an index is sent in two bytes at most
+DISTRIBUTIONS = tuple(perturb.FIELD_UNIT)  # those with an integer field
+
+_FINER = 6
+_LIMIT = 1 << 30  # of a coordinate: the range of the finest tensor
+ONE = 1 << 30  # the base scale is an integer in units of 1 / ONE
+
+
+def index_dtype(num_seeds: int) -> np.dtype:
+  """The unsigned type in which an index is sent."""
+  return np.min_scalar_type(num_seeds - 1)
+
+
+def directions(root: jax.Array, indices: jt.Array) -> jax.Array:
+  """uint32[..., 2], the directions of the seeds `indices` [...]."""
+  return keys.fold(root, indices)
+
+
+def exponent(exponents: jt.Params) -> jax.Array:
+  """q, int32[], from the exponents of the tensors."""
+  return jnp.stack(jax.tree.leaves(exponents)).max() + _FINER
+
+
+def units(
+  coordinates: jax.Array, exponents: jt.Params, distribution: str
+) -> jt.Params:
+  """What the coordinates are on the grid of every tensor, for `replay_int`.
+
+  Args:
+    coordinates: int32[K], below 2**30 in magnitude.
+    exponents: pytree of int32[].
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    Pytree of int32[K].
+  """
+  q = exponent(exponents)
+  halves = int(perturb.FIELD_UNIT[distribution] == 0.5)  # its field is 2 z
+
+  def leaf(e):
+    shift = jnp.minimum(q - e + halves, 31)
+    return (coordinates + (1 << (shift - 1))) >> shift
+
+  return jax.tree.map(leaf, exponents)
+
+
+def add_coordinates(
+  coordinates: jax.Array, indices: jax.Array, amounts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Adds amounts to the coordinates of seeds; exact, in any order.
+
+  Args:
+    coordinates: int32[K].
+    indices: int32[N] in [0, K); one may occur several times.
+    amounts: int32[N].
+
+  Returns:
+    int32[K], and bool[]: a coordinate left its range (the sum is meaningless).
+  """
+  new = coordinates.at[indices].add(amounts)
+  largest = jnp.max(jnp.abs(coordinates))[None]
+  wraps = perturb.sum_exceeds(jnp.append(amounts, largest), 'rademacher')
+  return new, wraps | jnp.any(jnp.abs(new) >= _LIMIT)
+
+
+def step(
+  master: Master,
+  pool: jax.Array,
+  old: jax.Array,
+  new: jax.Array,
+  *,
+  max_changes: int,
+  distribution: str,
+) -> Master:
+  """The weights at the coordinates `new`, from those at `old`.
+
+  Args:
+    master: grid weights at `old`.
+    pool: uint32[K, 2], the directions.
+    old: int32[K].
+    new: int32[K]; at most `max_changes` entries differ from `old`.
+    max_changes: the cost is that of so many directions, at most K.
+    distribution: one of `DISTRIBUTIONS`.
+  """
+  num_seeds = len(pool)
+  if max_changes < num_seeds:
+    (changed,) = jnp.nonzero(new != old, size=max_changes, fill_value=num_seeds)
+    old, new = (
+      x.at[changed].get(mode='fill', fill_value=0) for x in (old, new)
+    )
+    pool = pool.at[changed].get(mode='clip')
+  params, exponents, overflow = master
+  before, after = (units(x, exponents, distribution) for x in (old, new))
+  params, left = perturb.replay_int(
+    params,
+    pool,
+    jax.tree.map(jnp.subtract, after, before),
+    exponents,
+    distribution=distribution,
+  )
+  return Master(params, exponents, jax.tree.map(jnp.logical_or, overflow, left))
+
+
+def rebuild(
+  base: Master,
+  base_scale: jax.Array,
+  pool: jax.Array,
+  coordinates: jax.Array,
+  *,
+  distribution: str,
+) -> Master:
+  """The weights at the coordinates, from the base in one pass.
+
+  Args:
+    base: grid weights at coordinates of zero.
+    base_scale: int32[], what weight decay has left of the base; `ONE` is all.
+    pool: uint32[K, 2].
+    coordinates: int32[K].
+    distribution: one of `DISTRIBUTIONS`.
+  """
+  factor = base_scale.astype(jnp.float32) * np.float32(1 / ONE)
+  shrunk = jax.tree.map(lambda x: grid.shrink(x, factor), base.params)
+  return step(
+    base._replace(params=grid.snap(shrunk, base.exponents)),
+    pool,
+    jnp.zeros_like(coordinates),
+    coordinates,
+    max_changes=len(pool),
+    distribution=distribution,
+  )
+
+
+def decay(
+  coordinates: jax.Array, base_scale: jax.Array, lost: jax.Array, key: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Weight decay: coordinates and base lose the share `lost`, without bias.
+
+  Args:
+    coordinates: int32[K].
+    base_scale: int32[].
+    lost: float32[] in [0, 0.5].
+    key: uint32[2] of the dither, fresh in every call.
+  """
+  all = jnp.append(coordinates, base_scale)
+  rows = keys.fold(key, jnp.arange(len(all)))
+  amounts = grid.to_units(all.astype(jnp.float32) * lost, jnp.int32(0), rows)
+  all = all - amounts
+  return all[:-1], all[-1]
