@@ -1,0 +1,140 @@
+"""The clients of a round on a mesh: shared out, run, and their messages moved.
+
+Processes take consecutive parts of the cohort, in whole blocks. A block is what
+the simulator would run at once; a process runs as many blocks at once as it has
+client devices, if their batches have equal shapes.
+"""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxfl.runtime import simulate
+
+CLIENTS = 'clients'  # the axis of the mesh
+
+
+def gather(mesh: Mesh) -> Any:
+  """The program that moves messages, and nothing else, to all devices.
+
+  Args:
+    mesh: from `mesh.make`.
+
+  Returns:
+    A compiled identity: its argument is a pytree of arrays that are split along
+    their leading axis over `clients`, its result is whole on every device.
+  """
+  whole = NamedSharding(mesh, PartitionSpec())
+  return jax.jit(lambda messages: messages, out_shardings=whole)
+
+
+def check_private(mesh: Mesh, local: Any) -> None:
+  """Raises ValueError for private client states on several processes.
+
+  A client runs where the cohort of a round puts it: its private state would
+  have to follow it to another process.
+  """
+  processes = _processes(mesh)
+  if len(processes) > 1 and jax.tree.leaves(local):
+    raise ValueError(
+      'a method with private client states runs in one process only, not in'
+      f' {len(processes)}: they must not leave the process that made them'
+    )
+
+
+def run_clients(
+  mesh: Mesh,
+  gather: Any,
+  like: Any,
+  programs: simulate.Programs,
+  state: Any,
+  local: Any,
+  batch_fn: simulate.BatchFn,
+  population: simulate.Population,
+  round: int,
+  ids: np.ndarray,
+  block_size: int,
+):
+  """`simulate.run_clients` on a mesh.
+
+  `batch_fn` is called for the clients of this process only. Arguments after the
+  first three are those of the simulator.
+
+  Args:
+    mesh: from `mesh.make`.
+    gather: the compiled program.
+    like: params -> shape of a message.
+
+  Returns:
+    Messages [C, ...] of all clients `ids`, new local states, and the mean loss
+    of the clients of this process; None if it has none.
+
+  Raises:
+    ValueError: see `check_private`.
+  """
+  check_private(mesh, local)
+  if not len(ids):
+    return (), local, None
+  processes = _processes(mesh)
+  share = lambda n: -(-n // (block_size * len(processes))) * block_size
+  n = share(len(ids))
+  parts = [ids[i * n : (i + 1) * n] for i in range(len(processes))]
+  own = parts[processes.index(jax.process_index())]
+  blocks = simulate.blocks(batch_fn, population, round, own, block_size)
+  width = mesh.local_mesh.shape[CLIENTS]
+  messages, losses = _run(programs, state, local, blocks, width)
+  # slots for a full cohort: nothing is compiled again for a smaller one
+  slots = -(-share(population.num_slots) // width) * width
+  sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
+
+  def spread(shape, *xs):
+    empty = np.zeros((slots - len(own), *shape.shape), shape.dtype)
+    x = np.concatenate([*xs, empty])
+    return jax.make_array_from_process_local_data(sharding, x)
+
+  spreads = jax.tree.map(spread, like(state.params), *messages)
+  arrived = jax.device_get(gather(spreads))
+  present = np.concatenate(
+    [i * slots + np.arange(len(part)) for i, part in enumerate(parts)]
+  )
+  loss = float(np.concatenate(losses).mean()) if losses else None
+  return jax.tree.map(lambda x: x[present], arrived), local, loss
+
+
+def _run(programs, state, local, blocks, width):
+  """Messages and losses of every block; changes `local`."""
+  done, waiting = {}, {}
+
+  def run(group):
+    # left-over devices repeat what others do
+    filled = [group[i % len(group)][1] for i in range(width)]
+    stack = lambda *xs: np.concatenate(xs)
+    batches = jax.tree.map(stack, *[block.batches for block in filled])
+    party = jax.tree.map(stack, *[block.party for block in filled])
+    mine = jax.tree.map(lambda x: x[party.id], local)
+    message, mine, metrics = programs.client(state, mine, batches, party)
+    result = jax.device_get((message, mine, metrics['loss']))
+    size = len(party.id) // width
+    for row, (number, block) in enumerate(group):
+      rows = slice(row * size, row * size + len(block.ids))
+      message, mine, loss = jax.tree.map(lambda x, r=rows: x[r], result)
+      simulate.put_back(local, block.ids, mine)
+      done[number] = message, loss
+
+  for number, block in enumerate(blocks):
+    leaves, structure = jax.tree.flatten(block.batches)
+    shapes = structure, *((x.shape, x.dtype) for x in leaves)
+    group = waiting.setdefault(shapes, [])
+    group.append((number, block))
+    if len(group) == width:
+      run(waiting.pop(shapes))
+  for group in waiting.values():
+    run(group)
+  ordered = [done[number] for number in sorted(done)]
+  return [message for message, _ in ordered], [loss for _, loss in ordered]
+
+
+def _processes(mesh: Mesh) -> list[int]:
+  return sorted({device.process_index for device in mesh.devices.flat})
