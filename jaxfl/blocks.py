@@ -127,15 +127,18 @@ def project(
   for path, mine in _by_tensor(blocks, leaves).items():
     leaf_keys = keys.leaf_key(directions, path)
     x = _view(leaves[path])
-    for i in mine:
+
+    def add(block, rectangle, out, x=x, leaf_keys=leaf_keys):
       y = loops.project(
         x,
         leaf_keys,
-        counts[i],
-        rectangle=blocks[i].offset + blocks[i].shape,
+        counts[block],
+        rectangle=rectangle,
         distribution=distribution,
       )
-      out = out + jnp.roll(y, starts[i])
+      return out + jnp.roll(y, starts[block])
+
+    out = _loop(add, out, mine, blocks)
   return out
 
 
@@ -290,17 +293,35 @@ def _pack(blocks, counts, directions, values) -> _Packed:
 def _apply(add, w, path, mine, blocks, packed):
   """Adds what is packed for the blocks `mine` of one tensor."""
   leaf_keys = keys.leaf_key(packed.directions, path)
-  x = _view(w)
-  for i in mine:
-    x = add(
-      x,
-      leaf_keys,
-      packed.values,
-      packed.edges[i],
-      packed.edges[i + 1],
-      rectangle=blocks[i].offset + blocks[i].shape,
-    )
+
+  def step(block, rectangle, x):
+    edges = packed.edges[block], packed.edges[block + 1]
+    return add(x, leaf_keys, packed.values, *edges, rectangle=rectangle)
+
+  x = _loop(step, _view(w), mine, blocks)
   return x.reshape(w.shape)
+
+
+def _loop(step, state, mine, blocks):
+  """`state = step(i, rectangle, state)` for the blocks `mine` of one tensor.
+
+  A loop for every shape, so that programs do not grow with the blocks.
+  """
+  by_shape: dict[tuple[int, int], list[int]] = {}
+  for i in mine:
+    by_shape.setdefault(blocks[i].shape, []).append(i)
+  for shape, group in by_shape.items():
+    if len(group) == 1:
+      block = blocks[group[0]]
+      state = step(group[0], block.offset + shape, state)
+      continue
+    index = jnp.array(group, jnp.int32)
+    offsets = jnp.array([blocks[i].offset for i in group], jnp.uint32)
+    body = lambda j, state, index=index, offsets=offsets, shape=shape: step(
+      index[j], (offsets[j, 0], offsets[j, 1], *shape), state
+    )
+    state = jax.lax.fori_loop(0, len(group), body, state)
+  return state
 
 
 def _view(x):

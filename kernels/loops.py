@@ -1,12 +1,11 @@
 """Many directions on one rectangle of a tensor: loops over `jaxfl.kernels.xla`.
 
-A rectangle is (row, column, rows, columns) of the (R, C) view, all static, the
-row a multiple of 64.
+A rectangle is (row, column, rows, columns) of the (R, C) view; the row is a
+multiple of 64. Row and column are integers or uint32[] values.
 """
 
 import functools
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching, lax
@@ -36,7 +35,7 @@ def _cut(view, rectangle):
   row, col, rows, cols = rectangle
   if (rows, cols) == view.shape:
     return view
-  return lax.slice(view, (row, col), (row + rows, col + cols))
+  return lax.dynamic_slice(view, (row, col), (rows, cols))
 
 
 def _paste(view, rectangle, part):
