@@ -11,7 +11,7 @@ from experiments.config import Config, UsageError
 from jaxfl import keys, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.methods import fed_avg, spsa
+from jaxfl.methods import decomfl, fed_avg, fedkseed, spsa
 from jaxfl.runtime import simulate
 
 
@@ -24,34 +24,74 @@ class Entry:
   settings: frozenset[str]
 
 
+def _filled(value: Any) -> Any:
+  """A setting that `resolve` has filled in."""
+  assert value is not None
+  return value
+
+
 def _schedule(config, name, value):
   return schedules.make(
     name, value, config.num_rounds, warmup_rounds=config.warmup_rounds
   )
 
 
+def _zeroth_order(config: Config) -> dict[str, Any]:
+  """The arguments that the zeroth-order methods share."""
+  return {
+    'learning_rate': _schedule(
+      config, config.schedule, _filled(config.learning_rate)
+    ),
+    'mu': schedules.make(config.mu_schedule, config.mu, config.num_rounds),
+    'codec': config.codec,
+    'codec_scale': config.codec_scale,
+    'distribution': config.distribution,
+    'forward_dtype': config.forward_dtype,
+    'num_rounds': config.num_rounds,
+  }
+
+
 def _spsa(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   return spsa.spsa(
     loss_fn,
     keys.root(config.seed),
-    learning_rate=_schedule(config, config.schedule, config.learning_rate),
-    mu=schedules.make(config.mu_schedule, config.mu, config.num_rounds),
-    num_perturbations=config.num_perturbations,
-    codec=config.codec,
-    codec_scale=config.codec_scale,
-    distribution=config.distribution,
+    num_perturbations=_filled(config.num_perturbations),
     sides=config.sides,
     scaling=config.scaling,
     weight_decay=config.weight_decay,
     weights=config.weights,
-    forward_dtype=config.forward_dtype,
-    num_rounds=config.num_rounds,
+    **_zeroth_order(config),
+  )
+
+
+def _fedkseed(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  return fedkseed.fedkseed(
+    loss_fn,
+    keys.root(config.seed),
+    num_seeds=config.num_seeds,
+    local_steps=_filled(config.local_steps),
+    send_indices=config.send_indices,
+    pro=config.method == 'fedkseed_pro',
+    importance_weight=config.importance_weight,
+    weight_decay=config.weight_decay,
+    **_zeroth_order(config),
+  )
+
+
+def _decomfl(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  return decomfl.decomfl(
+    loss_fn,
+    keys.root(config.seed),
+    local_steps=_filled(config.local_steps),
+    num_perturbations=_filled(config.num_perturbations),
+    sides=config.sides,
+    weights=config.weights,
+    **_zeroth_order(config),
   )
 
 
 def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
-  assert config.learning_rate is not None  # resolve() has filled it in
-  client = optax.sgd(config.learning_rate)
+  client = optax.sgd(_filled(config.learning_rate))
   if config.weight_decay:
     client = optax.chain(optax.add_decayed_weights(config.weight_decay), client)
   return fed_avg.fed_avg(
@@ -60,21 +100,45 @@ def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
     server_optimizer=optax.sgd(
       config.server_lr, momentum=config.server_momentum or None
     ),
-    local_steps=config.local_steps,
+    local_steps=_filled(config.local_steps),
   )
 
 
-_SCHEDULE = {'schedule', 'warmup_rounds'}
-_SPSA = frozenset(
-  _SCHEDULE
-  | {'num_perturbations', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
-  | {'distribution', 'sides', 'scaling', 'weights', 'forward_dtype'}
+_ZEROTH_ORDER = frozenset(
+  {'schedule', 'warmup_rounds', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
+  | {'distribution', 'forward_dtype'}
 )
-_FED = frozenset({'local_steps', 'server_lr', 'server_momentum'})
+_SPSA = _ZEROTH_ORDER | {
+  'num_perturbations', 'sides', 'scaling', 'weights', 'weight_decay'
+}  # fmt: skip
+_FEDKSEED = _ZEROTH_ORDER | {
+  'num_seeds', 'local_steps', 'send_indices', 'weight_decay'
+}  # fmt: skip
+_DECOMFL = _ZEROTH_ORDER | {
+  'num_perturbations', 'local_steps', 'sides', 'weights'
+}  # fmt: skip
+_FED = frozenset(
+  {'local_steps', 'server_lr', 'server_momentum', 'weight_decay'}
+)
 
 METHODS = {
-  'spsa': Entry(_spsa, {'learning_rate': 0.014}, _SPSA),
-  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.3}, _FED),
+  'spsa': Entry(
+    _spsa, {'learning_rate': 0.014, 'num_perturbations': 16}, _SPSA
+  ),
+  'fedkseed': Entry(
+    _fedkseed, {'learning_rate': 9e-4, 'local_steps': 16}, _FEDKSEED
+  ),
+  'fedkseed_pro': Entry(
+    _fedkseed,
+    {'learning_rate': 9e-4, 'local_steps': 16},
+    _FEDKSEED | {'importance_weight'},
+  ),
+  'decomfl': Entry(
+    _decomfl,
+    {'learning_rate': 2e-3, 'local_steps': 1, 'num_perturbations': 16},
+    _DECOMFL,
+  ),
+  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.3, 'local_steps': 8}, _FED),
   'fed_sgd': Entry(
     _fed_avg,
     {'learning_rate': 0.3, 'local_steps': 1},

@@ -105,9 +105,13 @@ class Config:
   schedule: str = _setting('constant', 'Of the learning rate.')
   warmup_rounds: int = _setting(0, 'Rounds of linear warm-up.')
   weight_decay: float = _setting(0.0, 'Decoupled weight decay.')
-  # spsa
-  num_perturbations: int = _setting(
-    16, 'Projected gradients per client and round.'
+  local_steps: int | None = _setting(
+    None,
+    'Steps of a client in a round; fed_avg: 8, fedkseed: 16, decomfl: 1.',
+  )
+  # zeroth order: spsa, fedkseed, fedkseed_pro, decomfl
+  num_perturbations: int | None = _setting(
+    None, 'Directions of an estimate; spsa: 16 a round, decomfl: 16 a step.'
   )
   mu: float = _setting(1e-3, 'Perturbation radius.')
   mu_schedule: str = _setting('constant', 'Of mu.')
@@ -120,8 +124,15 @@ class Config:
   forward_dtype: str | None = _setting(
     None, 'In which the loss sees the trained weights.'
   )
+  # fedkseed, fedkseed_pro
+  num_seeds: int = _setting(4096, 'Seeds of the pool.')
+  send_indices: bool = _setting(
+    False, 'Send the index of every seed, as the paper does; it is redundant.'
+  )
+  importance_weight: bool = _setting(
+    False, 'Weigh the steps of fedkseed_pro by 1 / (num_seeds p): no bias.'
+  )
   # fed_avg, fed_sgd
-  local_steps: int = _setting(8, 'Steps of a client in a round.')
   server_lr: float = _setting(1.0, 'Learning rate of the server.')
   server_momentum: float = _setting(0.0, 'Momentum of the server.')
   # the run
@@ -159,7 +170,7 @@ _POSITIVE = (
     'learning_rate', 'num_perturbations', 'mu', 'codec_scale', 'local_steps',
     'server_lr', 'eval_every', 'snapshot_every', 'block_size', 'lora_rank',
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
-    'max_new_tokens',
+    'max_new_tokens', 'num_seeds',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',

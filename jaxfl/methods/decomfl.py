@@ -1,4 +1,4 @@
-"""DeComFL: one set of directions for the whole cohort, dimension-free both ways.
+"""DeComFL: the cohort shares its directions; a few scalars go up and down.
 
 "Achieving Dimension-Free Communication in Federated Learning via Zeroth-Order
 Optimization", Li et al., ICLR 2025, https://arxiv.org/abs/2405.15861,
@@ -13,11 +13,11 @@ A round has K local steps of P directions each, shared by all its clients:
     down = mean of the messages, K P scalars, whatever the number of clients
     w <- w - lr / P sum_kp down_kp z_kp                on every replica
 
-(The other estimate is (L(w + mu z_kp) - L(w)) / mu, `one_sided`.)
-As directions are shared, what a replica needs of a round is the mean alone. A
-client that was away applies the means that it missed in order, each with the
-learning rate of its own round. Scalars are averaged with one rounded product
-and one rounded sum per client, in the order of ids: exact on every device.
+The other estimate is (L(w + mu z_kp) - L(w)) / mu, `one_sided`. As directions
+are shared, what a replica needs of a round is the mean alone. A client that was
+away applies the means that it missed in order, each with the learning rate of
+its own round. Scalars are averaged with one rounded product and one rounded sum
+per client, in the order of ids: exact on every device.
 """
 
 from typing import Any, NamedTuple
