@@ -221,11 +221,12 @@ def add_units(
   packed = _pack(blocks, counts, directions, units)
   treedef = jax.tree.structure(params)
   by_tensor = _by_tensor(blocks, leaves)
-  too_large = perturb.sum_exceeds(
-    jnp.where(
-      packed.block[None] == np.arange(len(blocks))[:, None], packed.values, 0
+  # one block after the other: all at once would need L * C * N entries
+  too_large = jax.lax.map(
+    lambda i: perturb.sum_exceeds(
+      jnp.where(packed.block == i, packed.values, 0), distribution
     ),
-    distribution,
+    jnp.arange(len(blocks)),
   )
   add = functools.partial(loops.add_units, distribution=distribution)
   new, overflow = [], []
