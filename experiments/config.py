@@ -30,8 +30,8 @@ class Config:
   # the model
   model: str = _setting(
     'embedded',
-    "'embedded', a directory in Hugging Face's layout or one written by"
-    ' experiments.pretrain, or a hub id.',
+    "'embedded' (for images: 'cnn', the default there), a directory in Hugging"
+    " Face's layout or one written by experiments.pretrain, or a hub id.",
   )
   dtype: str = _setting(
     'float32', 'Of the frozen weights and the forward pass.'
@@ -50,8 +50,9 @@ class Config:
   # the data
   dataset: str = _setting(
     'python_text',
-    "'python_text', a task such as sst2 or dolly, a directory of text, a csv,"
-    ' json, jsonl, parquet or npz file, or a hub id.',
+    "'python_text', a task such as sst2 or dolly, mnist, fashion_mnist, a"
+    ' directory of text or of idx files, a csv, json, jsonl, parquet or npz'
+    ' file, or a hub id.',
   )
   data_dir: str | None = _setting(None, 'Where the files of the tasks are.')
   columns: str | None = _setting(

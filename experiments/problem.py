@@ -1,18 +1,24 @@
 """From settings to a problem: data, a model, what is trained and measured.
 
-Three kinds of data, each with the settings that it reads:
+Four kinds of data, each with the settings that it reads:
 
   * text: the default task, or a directory of text; any stretch is an example.
   * features: a linear layer on an npz file of features (`jaxfl.data.features`).
+  * images: a small network on files as those of MNIST (`jaxfl.data.images`).
   * rows: everything else; a task by name, a file, a folder or a hub id.
 """
 
 import pathlib
 
-from experiments import features_problem, rows_problem, text_problem
+from experiments import (
+  features_problem,
+  images_problem,
+  rows_problem,
+  text_problem,
+)
 from experiments.config import Config, UsageError
 from experiments.parts import Problem
-from jaxfl.data import catalog, sources
+from jaxfl.data import catalog, images, sources
 
 _ROWS_SETTINGS = frozenset(
   {'train_split', 'test_split', 'label_names', 'columns', 'template', 'words'}
@@ -29,11 +35,13 @@ _MODEL = frozenset(
 SETTINGS = {
   'text': _MODEL,
   'features': _PARTITION,
+  'images': _PARTITION | {'model', 'eval_examples', 'eval_batch_size'},
   'rows': _ROWS_SETTINGS | _PARTITION | _MODEL,
 }
 _BUILDERS = {
   'text': text_problem.build,
   'features': features_problem.build,
+  'images': images_problem.build,
   'rows': rows_problem.build,
 }
 
@@ -45,9 +53,13 @@ def kind_of(config: Config) -> str:
     return 'features'
   if name == 'python_text':
     return 'text'
+  if name in images.NAMES:
+    return 'images'
   path = pathlib.Path(name)
   if name in catalog.TASKS or not path.is_dir():
     return 'rows'
+  if images.holds_images(path):
+    return 'images'
   return 'rows' if holds_rows(path, config.train_split) else 'text'
 
 

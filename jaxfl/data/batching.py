@@ -102,3 +102,30 @@ def pick(rng: np.random.Generator, count: int, size: int) -> np.ndarray:
     return rng.choice(count, size, replace=False)
   rounds = [rng.permutation(count) for _ in range(-(-size // count))]
   return np.concatenate(rounds)[:size]
+
+
+def eval_rows(
+  count: int, batch_size: int, examples: int | None, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which examples are evaluated, in batches of one size.
+
+  Args:
+    count: examples that there are.
+    batch_size: examples in a batch; the last is filled up.
+    examples: how many are evaluated, drawn by the seed without replacement; all
+      if None.
+    seed: of that draw.
+
+  Returns:
+    Indices int64[N, B], and float32[N, B], 1 for an example, 0 for a filler.
+  """
+  rows = np.arange(count)
+  if examples is not None and examples < count:
+    # words of the key that no client's batches use
+    rng = generator(seed, 2**32 - 1, 2**32 - 1)
+    rows = np.sort(rng.choice(count, examples, replace=False))
+  batch_size = min(batch_size, len(rows))
+  missing = -len(rows) % batch_size
+  filled = np.concatenate([rows, np.repeat(rows[:1], missing)])
+  weight = (np.arange(len(filled)) < len(rows)).astype(np.float32)
+  return filled.reshape(-1, batch_size), weight.reshape(-1, batch_size)

@@ -312,15 +312,5 @@ def _check(train, test, clients, names, eval_batch_size, eval_examples):
 
 def _eval_batches(test, batch_size, count, seed) -> dict[str, np.ndarray]:
   """Arrays [N, B, ...] of one length; fillers have `example_weight` 0."""
-  indices = np.arange(len(test))
-  if count is not None and count < len(test):
-    # words of the key that no client's batches use
-    rng = batching.generator(seed, 2**32 - 1, 2**32 - 1)
-    indices = np.sort(rng.choice(len(test), count, replace=False))
-  batch_size = min(batch_size, len(indices))
-  missing = -len(indices) % batch_size
-  filled = np.concatenate([indices, np.repeat(indices[:1], missing)])
-  out = test.take(filled.reshape(-1, batch_size))
-  weight = np.arange(len(filled)) < len(indices)
-  shape = out['example_weight'].shape
-  return out | {'example_weight': weight.astype(np.float32).reshape(shape)}
+  rows, weight = batching.eval_rows(len(test), batch_size, count, seed)
+  return test.take(rows) | {'example_weight': weight}

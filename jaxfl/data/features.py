@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxfl import digest as digest_lib
+from jaxfl.data import arrays as arrays_lib
 from jaxfl.data import batching
 
 ARRAYS = ('f_train', 'y_train', 'f_test', 'y_test')
@@ -95,37 +95,10 @@ def task(
   Raises:
     ValueError: if a client has no example.
   """
-  for client, own in enumerate(partition):
-    if not len(own):
-      raise ValueError(f'client {client} has no data; use fewer clients')
-  features, label = arrays['f_train'], arrays['y_train']
-
-  def batches(seed, client_id, round, num_batches, batch_size):
-    rng = batching.generator(seed, client_id, round)
-    own = partition[client_id]
-    picks = [
-      batching.pick(rng, len(own), batch_size) for _ in range(num_batches)
-    ]
-    chosen = own[np.stack(picks)]
-    return {'features': features[chosen], 'label': label[chosen]}
-
-  count = len(arrays['y_test'])
-  size = min(eval_batch_size, count)
-  order = np.resize(np.arange(count), -(-count // size) * size)
-  shape = (-1, size)
-  return batching.Task(
-    name=name,
-    num_examples=np.array([len(own) for own in partition], np.int64),
-    batches=batches,
-    eval_batches={
-      'features': arrays['f_test'][order].reshape(*shape, features.shape[1]),
-      'label': arrays['y_test'][order].reshape(shape),
-      'example_weight': (np.arange(len(order)) < count)
-      .astype(np.float32)
-      .reshape(shape),
-    },
-    client_names=tuple(f'client {i}' for i in range(len(partition))),
-    digest=digest_lib.digest(
-      [arrays[name] for name in ARRAYS] + [np.asarray(x) for x in partition]
-    ),
+  train, test = (
+    {'features': arrays[f'f_{split}'], 'label': arrays[f'y_{split}']}
+    for split in ('train', 'test')
+  )
+  return arrays_lib.task(
+    train, test, partition, name=name, eval_batch_size=eval_batch_size
   )

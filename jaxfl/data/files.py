@@ -1,4 +1,4 @@
-"""Text and JSON files, plain or gzipped, with errors that name them."""
+"""Bytes, text and JSON files, plain or gzipped, with errors that name them."""
 
 import gzip
 import json
@@ -15,18 +15,28 @@ def find(folder: pathlib.Path, name: str) -> pathlib.Path | None:
   return next((path for path in paths if path.is_file()), None)
 
 
+def read_bytes(path: pathlib.Path) -> bytes:
+  """The bytes of a file, gunzipped if its name ends in .gz.
+
+  Raises:
+    ValueError: naming the file, if it is no whole gzip file.
+  """
+  data = path.read_bytes()
+  try:
+    return gzip.decompress(data) if path.suffix == '.gz' else data
+  except (OSError, EOFError, zlib.error) as error:
+    raise ValueError(f'{path}: not a whole gzip file: {error}') from error
+
+
 def read_text(path: pathlib.Path, encoding: str = 'utf-8') -> str:
   """The text of a file, gunzipped if its name ends in .gz.
 
   Raises:
     ValueError: naming the file, if it is empty, broken or not so encoded.
   """
-  data = path.read_bytes()
+  data = read_bytes(path)
   try:
-    data = gzip.decompress(data) if path.suffix == '.gz' else data
     text = data.decode(encoding)
-  except (OSError, EOFError, zlib.error) as error:
-    raise ValueError(f'{path}: not a whole gzip file: {error}') from error
   except UnicodeDecodeError as error:
     raise ValueError(f'{path}: not {encoding} text: {error}') from error
   if not text.strip():
