@@ -71,7 +71,7 @@ class FedKSeedState(NamedTuple):
   changed: (
     jax.Array
   )  # int32[K], the last round that changed a coordinate, or -1
-  levels: jax.Array  # uint8[K], from which Pro draws; else uint8[0]
+  levels: Any  # Pro: uint8[K], from which seeds are drawn; else ()
   history: Any  # Pro: sums |g| float32[K] and counts uint32[K]; else ()
   round: jax.Array  # int32[]
 
@@ -154,7 +154,7 @@ def fedkseed(
       coordinates=jnp.zeros(num_seeds, jnp.int32),
       out_of_range=jnp.zeros((), bool),
       changed=jnp.full(num_seeds, -1),
-      levels=jnp.zeros(num_seeds if pro else 0, jnp.uint8),
+      levels=jnp.zeros(num_seeds, jnp.uint8) if pro else (),
       history=_no_history(num_seeds) if pro else (),
       round=jnp.int32(0),
     )
@@ -296,8 +296,7 @@ def fedkseed(
     return which | {
       'round': np.asarray(state.round),
       'coordinates': np.asarray(state.coordinates)[changed],
-      'levels': np.asarray(state.levels),
-    }
+    } | ({'levels': np.asarray(state.levels)} if pro else {})
 
   def follow(state, down):
     """The state of a replica that had no part in the rounds between."""
@@ -318,7 +317,7 @@ def fedkseed(
         state = state._replace(base_scale=base_scale)
     state = state._replace(
       coordinates=coordinates.at[which].set(down['coordinates']),
-      levels=jnp.asarray(down['levels']),
+      levels=jnp.asarray(down['levels']) if pro else (),
       round=jnp.asarray(down['round']),
     )
     held = moved_to(state, num_seeds, before=before)
