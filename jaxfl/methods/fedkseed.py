@@ -286,13 +286,15 @@ def fedkseed(
     )
 
   def downlink(state, since):
-    """The coordinates that changed: by index, or by a mask if that is less."""
+    """The coordinates that changed, by index or by a mask; or all of them."""
     changed = np.asarray(state.changed) >= max(since, 0)
     mask = np.packbits(changed, bitorder='little')
     indices = np.flatnonzero(changed).astype(pool.index_dtype(num_seeds))
-    which = {'indices': indices}
-    if mask.nbytes < indices.nbytes:
-      which = {'mask': mask}
+    which = {'mask': mask}
+    if indices.nbytes < mask.nbytes:
+      which = {'indices': indices}
+    elif 4 * np.sum(~changed) < mask.nbytes:
+      which, changed = {}, np.full(num_seeds, True)
     return which | {
       'round': np.asarray(state.round),
       'coordinates': np.asarray(state.coordinates)[changed],
@@ -303,7 +305,7 @@ def fedkseed(
     if 'mask' in down:
       (which,) = np.nonzero(np.unpackbits(down['mask'], bitorder='little'))
     else:
-      which = down['indices'].astype(np.int32)
+      which = down.get('indices', np.arange(num_seeds)).astype(np.int32)
     before = coordinates = state.coordinates
     for round in range(int(state.round), int(down['round'])):
       if weight_decay:
