@@ -1,4 +1,4 @@
-"""DeComFL: shared directions, a mean that is all a replica needs, local steps."""
+"""DeComFL: shared directions, a mean that is all one needs, local steps."""
 
 import functools
 
@@ -48,7 +48,7 @@ def directions_of(round, num_scalars=12):
 
 
 def test_one_client_ends_where_its_local_steps_end():
-  """By hand: K steps along P directions each, evaluated at the moved weights."""
+  """By hand: K steps along P directions each, evaluated where they led."""
   method = build(codec='float32')
   state = method.init(table.params())._replace(round=jnp.int32(1))
   g = np.asarray(messages_of(method, state, [2], 1)[0]).reshape(3, 4)
@@ -66,7 +66,7 @@ def test_one_client_ends_where_its_local_steps_end():
     for p in range(4):
       w = perturb.perturb(w, z[k, p], -0.025 / 4 * g[k, p])
   jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), after.params, w
+    lambda a, b: np.testing.assert_allclose(a, b, atol=3e-5), after.params, w
   )
 
 
