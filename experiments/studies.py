@@ -82,6 +82,27 @@ _BYTE_FED_AVG = {
   'eval_every': 1,
 }
 
+# SST-2 by MiniLM features, 8 clients whose labels are unevenly spread
+_UNLIKE = {
+  'dataset': 'minilm_sst2',
+  'num_clients': 8,
+  'batch_size': 32,
+  'partition': 'dirichlet',
+  'dirichlet_alpha': 0.5,
+  'block_size': 8,
+  'eval_every': 20,
+  'snapshot_every': 1000,
+}
+_POOL = _UNLIKE | {
+  'method': 'fedkseed',
+  'mu': 0.01,
+  'local_steps': 8,
+  'learning_rate': 0.0125,
+  'num_rounds': 300,
+}
+# rounds and steps of about 2,400 steps in all
+_STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
+
 STUDIES = {
   'default': Study(
     'The default experiment: the embedded model on Python source, 8 clients',
@@ -132,5 +153,38 @@ STUDIES = {
     },
     ('loss', 'accuracy'),
     needs=('data_dir', 'model'),
+  ),
+  'fedkseed_seeds': Study(
+    'FedKSeed by the size of its pool; SST-2 features, Dirichlet(0.5)',
+    {f'K = {k}': _POOL | {'num_seeds': k} for k in (16, 64, 256, 1024, 4096)},
+    ('accuracy', 'loss'),
+    x=('forwards', 'bytes_down'),
+  ),
+  'fedkseed_steps': Study(
+    'FedKSeed by its local steps, 2,400 a client; SST-2 features,'
+    ' Dirichlet(0.5)',
+    {
+      f'{steps} local steps': _POOL
+      | {
+        'local_steps': steps,
+        'num_rounds': rounds,
+        'eval_every': max(1, rounds // 15),
+      }
+      for steps, rounds in _STEPS.items()
+    },
+    ('accuracy', 'loss'),
+    log_x=True,
+  ),
+  'fedkseed_codec': Study(
+    'FedKSeed by the code of a coordinate; SST-2 features, Dirichlet(0.5)',
+    {
+      'one byte': _POOL,
+      'one byte, stochastic': _POOL | {'codec': 'log8_stochastic'},
+      '16 bits': _POOL | {'codec': 'bfloat16'},
+      'float32': _POOL | {'codec': 'float32'},
+      "float32 with indices, the paper's": _POOL
+      | {'codec': 'float32', 'send_indices': True},
+    },
+    ('accuracy', 'loss'),
   ),
 }

@@ -206,7 +206,7 @@ def test_importance_weight_makes_pro_unbiased(weighted):
   state = method.init(table.params())
   levels = np.array([0, 40, 80, 120, 160, 200, 240, 255], np.uint8)
   state = state._replace(levels=jnp.asarray(levels))
-  message = {'projected_grads': jnp.ones((1, 20_000))}
+  message = jnp.ones((1, 20_000))
   after = jax.jit(method.server)(state, message, cohort_of([0]))
   q = int(pool.exponent(state.exponents))
   moved = -np.ldexp(np.asarray(after.coordinates, float), 16 - q) / 20_000
@@ -237,7 +237,7 @@ def test_weight_decay_is_the_product_over_all_steps():
     learning_rate=lambda r: 0.02 * (1 - r / 80), local_steps=8,
   )  # fmt: skip
   state = start = method.init(table.params())
-  message = {'projected_grads': jnp.zeros((1, 8), jnp.uint8)}
+  message = jnp.zeros((1, 8), jnp.uint8)
   for _ in range(40):
     state = compiled(method).server(state, message, cohort_of([0]))
   lrs = np.repeat([0.02 * (1 - r / 80) for r in range(40)], 8)

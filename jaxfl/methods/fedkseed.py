@@ -114,8 +114,8 @@ def fedkseed(
     num_rounds: length of the schedules; needed with functions of the round.
 
   Returns:
-    A `Method`. A message is {'projected_grads': code of float32[local_steps]},
-    and with `send_indices` {'indices': uint8 or uint16[local_steps]}.
+    A `Method`. A message is the code of float32[local_steps], or {'indices':
+    uint8 or uint16[local_steps], 'projected_grads': code}.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -219,18 +219,20 @@ def fedkseed(
     steps = (pool.directions(root, indices), step_weight(state, indices))
     _, (g, losses) = jax.lax.scan(step, state.params, (*steps, batches))
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
-    message = {'projected_grads': code.encode(g, key)}
+    message = code.encode(g, key)
     if send_indices:
-      message['indices'] = indices.astype(pool.index_dtype(num_seeds))
+      indices = indices.astype(pool.index_dtype(num_seeds))
+      message = {'indices': indices, 'projected_grads': message}
     return message, local, {'loss': losses.mean()}
 
   def server(state, messages, cohort):
-    decode = lambda m: code.decode(m, local_steps)
-    g = jax.vmap(decode)(messages['projected_grads'])  # float32[C, local_steps]
     if send_indices:
       indices = messages['indices'].astype(jnp.int32)
+      messages = messages['projected_grads']
     else:
       indices = draw(state, cohort.id, cohort.round)
+    decode = lambda m: code.decode(m, local_steps)
+    g = jax.vmap(decode)(messages)  # float32[C, local_steps]
     accepted = jnp.isfinite(g) & (cohort.weight > 0)[:, None]
     accepted &= indices < num_seeds
     indices = jnp.minimum(indices, num_seeds - 1)
@@ -295,10 +297,14 @@ def fedkseed(
       which = {'indices': indices}
     elif 4 * np.sum(~changed) < mask.nbytes:
       which, changed = {}, np.full(num_seeds, True)
-    return which | {
-      'round': np.asarray(state.round),
-      'coordinates': np.asarray(state.coordinates)[changed],
-    } | ({'levels': np.asarray(state.levels)} if pro else {})
+    return (
+      which
+      | {
+        'round': np.asarray(state.round),
+        'coordinates': np.asarray(state.coordinates)[changed],
+      }
+      | ({'levels': np.asarray(state.levels)} if pro else {})
+    )
 
   def follow(state, down):
     """The state of a replica that had no part in the rounds between."""
@@ -327,11 +333,12 @@ def fedkseed(
 
   def message(params):
     del params  # Unused: the size of a message does not depend on the model.
-    like = {'projected_grads': code.struct(local_steps)}
-    if send_indices:
-      dtype = pool.index_dtype(num_seeds)
-      like['indices'] = jax.ShapeDtypeStruct((local_steps,), dtype)
-    return like
+    grads = code.struct(local_steps)
+    if not send_indices:
+      return grads
+    dtype = pool.index_dtype(num_seeds)
+    indices = jax.ShapeDtypeStruct((local_steps,), dtype)
+    return {'indices': indices, 'projected_grads': grads}
 
   def check(state):
     if bool(state.out_of_range):
