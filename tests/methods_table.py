@@ -9,7 +9,7 @@ import optax
 
 from jaxfl import keys
 from jaxfl import method as method_lib
-from jaxfl.methods import decomfl, fed_avg, fedkseed, spsa
+from jaxfl.methods import decomfl, fed_avg, fedkseed, ferret, spsa
 
 NUM_CLIENTS = 6
 ROOT = keys.root(2**40 + 17)
@@ -80,6 +80,16 @@ def _decomfl(**changes):
   return build
 
 
+def _ferret(**changes):
+  def build(loss_fn=loss_fn, **more):
+    settings = {
+      'client_optimizer': optax.sgd(0.1), 'local_steps': 2, 'coordinates': 48
+    }  # fmt: skip
+    return ferret.ferret(loss_fn, ROOT, **(settings | changes | more))
+
+  return build
+
+
 def _fed_avg(**changes):
   def build(loss_fn=loss_fn, **more):
     settings = {'client_optimizer': optax.sgd(0.1)}
@@ -132,6 +142,21 @@ CASES = {
   ),
   'decomfl-schedule': Case(
     _decomfl(learning_rate=_LINEAR, num_rounds=100), True, 0.02
+  ),
+  'ferret': Case(_ferret(server_lr=0.5), True, 0.02),
+  'ferret-schedule': Case(
+    _ferret(
+      server_lr=lambda r: 0.7 * (1 - r / 100), num_rounds=100,
+      client_optimizer=optax.adam(0.02), codec='linear8_stochastic',
+      distribution='popcount16', allocation='compute',
+    ),
+    True, 0.02,
+  ),
+  'ferret-gaussian': Case(
+    _ferret(server_lr=0.5, distribution='gaussian'), False, 0.02
+  ),
+  'ferret-adam-server': Case(
+    _ferret(server_optimizer=optax.adam(0.05), codec='bfloat16'), False, 0.02
   ),
   'fed_avg': Case(_fed_avg(local_steps=2), False, 0.02),
   'fed_avg-adam': Case(
