@@ -18,7 +18,6 @@ of them.
   * `add_units`: the same on grid weights (`jaxfl.grid`), as exact integers.
 """
 
-import functools
 import itertools
 import math
 from typing import NamedTuple
@@ -27,9 +26,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import checks, keys, perturb
+from jaxfl import checks, keys
 from jaxfl import typing as jt
-from jaxfl.kernels import loops, xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
 _GROUP = 64  # rows that share a word of the field
 
@@ -122,23 +121,16 @@ def project(
   directions = checks.key('directions', directions, '[N, 2]')
   counts = _counts(counts, (len(blocks),))
   leaves = checks.named_arrays(delta)
-  starts = jnp.cumsum(counts) - counts
+  ends = jnp.cumsum(counts)
+  spans = jnp.stack([ends - counts, ends], axis=1)
   out = jnp.zeros(len(directions), jnp.float32)
   for path, mine in _by_tensor(blocks, leaves).items():
-    leaf_keys = keys.leaf_key(directions, path)
-    x = _view(leaves[path])
-
-    def add(block, rectangle, out, x=x, leaf_keys=leaf_keys):
-      y = loops.project(
-        x,
-        leaf_keys,
-        counts[block],
-        rectangle=rectangle,
-        distribution=distribution,
-      )
-      return out + jnp.roll(y, starts[block])
-
-    out = _loop(add, out, mine, blocks)
+    out += tiles.project(
+      _view(leaves[path]),
+      keys.leaf_key(directions, path),
+      _plan(blocks, mine, spans),
+      distribution=distribution,
+    )
   return out
 
 
@@ -177,9 +169,15 @@ def reconstruct(
   coefficients = jnp.asarray(coefficients, jnp.float32)
   packed = _pack(blocks, counts, directions, coefficients)
   leaves = checks.named_arrays(like)
-  add = functools.partial(loops.add, distribution=distribution)
   for path, mine in _by_tensor(blocks, leaves).items():
-    leaves[path] = _apply(add, leaves[path], path, mine, blocks, packed)
+    new = tiles.add(
+      _view(leaves[path]),
+      keys.leaf_key(packed.directions, path),
+      packed.values,
+      _plan(blocks, mine, packed.spans),
+      distribution=distribution,
+    )
+    leaves[path] = new.reshape(leaves[path].shape)
   return jax.tree.structure(like).unflatten(leaves.values())
 
 
@@ -217,30 +215,37 @@ def add_units(
   """
   checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
   leaves = checks.named_arrays(params)
-  units = perturb.as_int32('units', units)
-  packed = _pack(blocks, counts, directions, units)
+  packed = _pack(blocks, counts, directions, checks.as_int32('units', units))
   treedef = jax.tree.structure(params)
   by_tensor = _by_tensor(blocks, leaves)
   # one block after the other: all at once would need L * C * N entries
   too_large = jax.lax.map(
-    lambda i: perturb.sum_exceeds(
+    lambda i: tiles.sum_exceeds(
       jnp.where(packed.block == i, packed.values, 0), distribution
     ),
     jnp.arange(len(blocks)),
   )
-  add = functools.partial(loops.add_units, distribution=distribution)
-  new, overflow = [], []
-  for (path, w), e in zip(
-    leaves.items(), treedef.flatten_up_to(exponents), strict=True
-  ):
+
+  def leaf(path, w, e):
+    *scale, overflow = checks.grid_scale(path, w, e)
     mine = by_tensor.get(path, [])
-    update = lambda total, path=path, mine=mine: _apply(
-      add, total, path, mine, blocks, packed
+    new, fits = tiles.add_units(
+      _view(w),
+      scale,
+      keys.leaf_key(packed.directions, path),
+      packed.values,
+      _plan(blocks, mine, packed.spans),
+      distribution=distribution,
     )
-    w, flag = perturb.on_grid(path, w, e, update)
-    new.append(w)
-    overflow.append(flag | jnp.any(too_large[np.array(mine, int)]))
-  return treedef.unflatten(new), treedef.unflatten(overflow)
+    overflow |= ~fits | jnp.any(too_large[np.array(mine, int)])
+    return new.reshape(w.shape), overflow
+
+  exponents = treedef.flatten_up_to(exponents)
+  new = list(map(leaf, leaves, leaves.values(), exponents))
+  return (
+    treedef.unflatten([w for w, _ in new]),
+    treedef.unflatten([overflow for _, overflow in new]),
+  )
 
 
 class _Packed(NamedTuple):
@@ -249,7 +254,7 @@ class _Packed(NamedTuple):
   block: jax.Array  # int32[C * N], L if not used
   directions: jax.Array  # uint32[C * N, 2]
   values: jax.Array  # [C * N]
-  edges: jax.Array  # int32[L + 1]: those of block l begin at edges[l]
+  spans: jax.Array  # int32[L, 2]: where those of a block begin and end
 
 
 def slots(counts: jt.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
@@ -282,47 +287,21 @@ def _pack(blocks, counts, directions, values) -> _Packed:
   block, k = jax.vmap(slots, (0, None))(counts, num_slots)
   order = jnp.argsort(block.reshape(-1), stable=True)
   directions = jnp.take_along_axis(directions, k[..., None], axis=1)
-  ends = jnp.cumsum(jnp.sum(counts, axis=0))
+  totals = jnp.sum(counts, axis=0)
+  ends = jnp.cumsum(totals)
   return _Packed(
     block=block.reshape(-1)[order],
     directions=directions.reshape(-1, 2)[order],
     values=values.reshape(-1)[order],
-    edges=jnp.concatenate([jnp.zeros(1, ends.dtype), ends]),
+    spans=jnp.stack([ends - totals, ends], axis=1),
   )
 
 
-def _apply(add, w, path, mine, blocks, packed):
-  """Adds what is packed for the blocks `mine` of one tensor."""
-  leaf_keys = keys.leaf_key(packed.directions, path)
-
-  def step(block, rectangle, x):
-    edges = packed.edges[block], packed.edges[block + 1]
-    return add(x, leaf_keys, packed.values, *edges, rectangle=rectangle)
-
-  x = _loop(step, _view(w), mine, blocks)
-  return x.reshape(w.shape)
-
-
-def _loop(step, state, mine, blocks):
-  """`state = step(i, rectangle, state)` for the blocks `mine` of one tensor.
-
-  A loop for every shape, so that programs do not grow with the blocks.
-  """
-  by_shape: dict[tuple[int, int], list[int]] = {}
-  for i in mine:
-    by_shape.setdefault(blocks[i].shape, []).append(i)
-  for shape, group in by_shape.items():
-    if len(group) == 1:
-      block = blocks[group[0]]
-      state = step(group[0], block.offset + shape, state)
-      continue
-    index = jnp.array(group, jnp.int32)
-    offsets = jnp.array([blocks[i].offset for i in group], jnp.uint32)
-    body = lambda j, state, index=index, offsets=offsets, shape=shape: step(
-      index[j], (offsets[j, 0], offsets[j, 1], *shape), state
-    )
-    state = jax.lax.fori_loop(0, len(group), body, state)
-  return state
+def _plan(blocks, mine, spans):
+  """The plan for the blocks `mine`, which are those of one tensor."""
+  rectangles = [(blocks[i].offset, blocks[i].shape) for i in mine]
+  tiled = jax.default_backend() == 'cpu'
+  return tiles.Plan(rectangles, spans[np.array(mine, int)], tiled)
 
 
 def _view(x):

@@ -4,9 +4,12 @@ from collections.abc import Collection
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxfl import keys
+from jaxfl import grid, keys
 from jaxfl import typing as jt
+
+_MAX_EXPONENT = 100  # keeps 2**e, 2**-e and |W| 2**-e normal and finite
 
 
 def one_of(field: str, value: str, choices: Collection[str]) -> None:
@@ -58,3 +61,31 @@ def named_arrays(params: jt.Params) -> dict[str, jax.Array]:
       )
     leaves[path] = array
   return leaves
+
+
+def as_int32(name: str, units) -> jax.Array:
+  """The integers as int32.
+
+  Raises:
+    TypeError: if they are not integers that fit whatever their values.
+  """
+  dtype = units.dtype  # before JAX truncates int64
+  if dtype.kind not in 'iu' or not np.can_cast(dtype, np.int32):
+    raise TypeError(f'{name} must fit int32, got {dtype}')
+  return jnp.asarray(units, jnp.int32)
+
+
+def grid_scale(path: str, w: jax.Array, e) -> tuple[jax.Array, ...]:
+  """2**e and 2**-e of a tensor, and bool[]: the exponent e is out of range.
+
+  Raises:
+    TypeError: if the tensor is not float32; names it.
+    ValueError: if the exponent is not a scalar; names the tensor.
+  """
+  if w.dtype != jnp.float32:
+    raise TypeError(f'parameter {path!r} must be float32, got {w.dtype}')
+  e = jnp.asarray(e, jnp.int32)
+  if e.shape:
+    raise ValueError(f'{path!r}: expected an exponent [], got {e.shape}')
+  too_large = jnp.abs(e) > _MAX_EXPONENT
+  return grid.power_of_two(e), grid.power_of_two(-e), too_large

@@ -10,11 +10,11 @@ from tests import reference
 EXACT = ['rademacher', 'popcount16']
 ALL = [*EXACT, 'gaussian']
 SHAPES = {
-  'a': (130, 7),
+  'a': (130, 4),
   'b': (400,),
   'c': (),
   'd': (0, 3),
-  'e': {'f': (3, 50, 5), 'g': (1, 9)},
+  'e': {'f': (4, 16, 9)},
 }
 MAX_SIZE = 300
 NUM_SLOTS, NUM_PARTIES = 60, 3
@@ -88,7 +88,7 @@ def test_every_entry_is_in_one_block(max_size):
   abstract = jax.eval_shape(lambda: params)
   assert blocks.partition(abstract, max_size=max_size) == cut
   if max_size == 10**6:
-    assert [block.path for block in cut] == ['a', 'b', 'c', 'e/f', 'e/g']
+    assert [block.path for block in cut] == ['a', 'b', 'c', 'e/f']
 
 
 def test_blocks_are_cut_by_rows_and_then_by_columns():
@@ -144,29 +144,6 @@ def test_project_is_the_inner_product(distribution):
     np.testing.assert_allclose(actual, expected, atol=1e-5)
     unused = counts[party].sum()
     assert not np.any(actual[unused:])
-
-
-def test_project_of_narrow_types_sums_wide():
-  rng = np.random.default_rng(0)
-  x = rng.normal(0, 1e-5, (512, 300))
-  directions = rng.integers(2**32, size=(8, 2), dtype=np.uint32)
-  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
-    delta = {'w': jnp.asarray(x, dtype)}
-    wide = np.asarray(delta['w'], np.float64)
-    cut = blocks.partition(delta, max_size=10**6)
-    for distribution in ALL:
-      actual = project(
-        delta, cut, np.array([8]), directions, distribution=distribution
-      )
-      whole = perturb.project(delta, directions, distribution=distribution)
-      np.testing.assert_allclose(actual, whole, rtol=2e-6, atol=1e-9)
-      z = [
-        reference.field(d, 'w', x.shape, distribution).astype(np.float64)
-        for d in directions
-      ]
-      expected = np.array([np.sum(wide * zk) for zk in z])
-      scale = np.linalg.norm(wide) * np.sqrt(x.size)
-      assert np.max(np.abs(whole - expected)) < 1e-7 * scale
 
 
 def test_project_of_clients_at_once():
@@ -302,10 +279,10 @@ def test_whole_tensors_agree_with_replay():
   new = reconstruct(
     params, cut, counts, padded, np.tile(coefficients, len(cut))[None]
   )
-  expected = perturb.replay(zeros, directions[0], coefficients)
+  expected = jax.jit(perturb.replay)(zeros, directions[0], coefficients)
   jax.tree.map(assert_same_bits, new, expected)
   parts = project(params, cut, counts[0], padded[0])
-  whole = perturb.project(params, directions[0])
+  whole = jax.jit(perturb.project)(params, directions[0])
   np.testing.assert_allclose(parts.reshape(-1, 4).sum(0), whole, atol=1e-4)
 
 

@@ -1,0 +1,248 @@
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxfl.kernels import tiles  # pyright: ignore[reportMissingImports]
+
+from jaxfl import keys, perturb
+from tests import reference
+
+EXACT = ['rademacher', 'popcount16']
+ALL = [*EXACT, 'gaussian']
+SHAPES = {
+  'empty': (0, 5),
+  'matrix': (256, 8),
+  'ragged': (2, 51, 7),
+  'scalar': (),
+  'vector': (601,),
+}
+SIZE = 300  # entries of a tile
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+  monkeypatch.setattr(tiles, 'SIZE', SIZE)
+
+
+def is_shape(x):
+  return isinstance(x, tuple)
+
+
+def normals(seed=0, shapes=SHAPES):
+  rng = np.random.default_rng(seed)
+  make = lambda shape: np.asarray(rng.normal(size=shape), np.float32)
+  return jax.tree.map(make, shapes, is_leaf=is_shape)
+
+
+def directions(count, seed=0):
+  rng = np.random.default_rng(seed)
+  return rng.integers(2**32, size=(count, 2), dtype=np.uint32)
+
+
+def assert_same_bits(actual, expected):
+  actual, expected = np.asarray(actual), np.asarray(expected)
+  assert actual.dtype == expected.dtype
+  assert actual.shape == expected.shape
+  assert actual.tobytes() == expected.tobytes()
+
+
+def inner_products(delta, ds, distribution):
+  """float64[K], from the reference."""
+  return np.array(
+    [
+      sum(
+        np.sum(reference.field(d, path, x.shape, distribution) * np.float64(x))
+        for path, x in keys.named_leaves(delta)
+      )
+      for d in ds
+    ]
+  )
+
+
+@pytest.mark.parametrize(
+  'shape',
+  [
+    *[(1, 1), (1, 299), (1, 300), (1, 301), (1, 1500), (1, 1501), (2, 997)],
+    *[(63, 5), (64, 4), (64, 5), (640, 1), (700, 4), (3200, 33), (129, 129)],
+  ],
+)
+def test_tiles_cover_a_rectangle_once(shape):
+  seen = np.zeros((64 + shape[0], 7 + shape[1]), int)
+  cut = tiles.cut(((64, 7), shape))
+  for (row, col), (rows, cols) in cut:
+    assert row % 64 == 0
+    assert rows * cols <= SIZE
+    seen[row : row + rows, col : col + cols] += 1
+  assert (seen[64:, 7:] == 1).all()
+  assert seen.sum() == np.prod(shape)
+  assert len({size for _, size in cut}) <= 4
+
+
+def test_tiles_of_usual_sizes_have_one_shape(monkeypatch):
+  monkeypatch.setattr(tiles, 'SIZE', 2**17)
+  for rows, cols in itertools.product([768, 3072, 4096], [768, 3200, 16384]):
+    sizes = {size for _, size in tiles.cut(((0, 0), (rows, cols)))}
+    assert len(sizes) == 1
+    assert np.prod(next(iter(sizes))) >= 2**16
+
+
+@pytest.mark.parametrize('distribution', EXACT)
+def test_tiles_do_not_change_the_bits(distribution):
+  params, ds = normals(), directions(5)
+  coefficients = np.linspace(-0.3, 0.7, 5).astype(np.float32)
+  run = lambda tiled: jax.jit(
+    lambda params: perturb.replay(
+      params, ds, coefficients, distribution=distribution, tiled=tiled
+    )
+  )(params)
+  tiled = run(True)
+  jax.tree.map(assert_same_bits, tiled, run(False))
+  for path, w in params.items():
+    for d, c in zip(ds, coefficients, strict=True):
+      w = np.asarray(reference.perturb(w, d, path, c, distribution))
+    assert_same_bits(tiled[path], w)
+
+
+@pytest.mark.parametrize('distribution', EXACT)
+def test_tiles_do_not_change_integer_sums(distribution):
+  ds, rng = directions(4), np.random.default_rng(0)
+  params = jax.tree.map(lambda w: np.rint(w * 64) / 64 + 0, normals())
+  units = jax.tree.map(lambda w: rng.integers(-99, 99, 4, np.int32), params)
+  exponents = jax.tree.map(lambda w: np.int32(6), params)
+  f = jax.jit(perturb.replay_int, static_argnames=('distribution', 'tiled'))
+  run = lambda params, tiled: f(
+    params, ds, units, exponents, distribution=distribution, tiled=tiled
+  )
+  new, overflow = run(params, True)
+  jax.tree.map(assert_same_bits, (new, overflow), run(params, False))
+  assert not any(jax.tree.leaves(overflow))
+  changed = [np.any(new[path] != w) for path, w in params.items()]
+  assert sum(changed) == len(SHAPES) - 1  # all but `empty`
+  # one bad entry, in the last tile of two tensors
+  params['ragged'][1, 50, 6] = 2.0**18
+  params['vector'][600] = 0.5 / 64
+  found = run(params, True)[1]
+  assert {path for path, flag in found.items() if flag} == {'ragged', 'vector'}
+
+
+@pytest.mark.parametrize('distribution', ALL)
+@pytest.mark.parametrize('tiled', [False, True])
+def test_project_is_the_inner_product(distribution, tiled):
+  delta, ds = normals(), directions(6)
+  expected = inner_products(delta, ds, distribution)
+  actual = jax.jit(
+    lambda delta: perturb.project(
+      delta, ds, distribution=distribution, tiled=tiled
+    )
+  )(delta)
+  assert actual.dtype == jnp.float32
+  scale = np.sqrt(sum(np.sum(np.square(x)) * x.size for x in delta.values()))
+  np.testing.assert_allclose(actual, expected, atol=1e-7 * scale)
+  assert perturb.project(delta, ds[:0]).shape == (0,)
+
+
+def test_project_of_narrow_types_sums_wide(monkeypatch):
+  monkeypatch.setattr(tiles, 'SIZE', 2**14)
+  rng, ds = np.random.default_rng(0), directions(8)
+  x = rng.normal(0, 1e-5, (512, 300)) + 3e-6
+  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+    delta = {'w': jnp.asarray(x, dtype)}
+    wide = {'w': np.asarray(delta['w'], np.float64)}
+    expected = inner_products(wide, ds, 'rademacher')
+    scale = np.linalg.norm(wide['w']) * np.sqrt(x.size)
+    for tiled in (False, True):
+      actual = perturb.project(delta, ds, tiled=tiled)
+      assert actual.dtype == jnp.float32
+      error = np.max(np.abs(np.asarray(actual) - expected))
+      assert error < 2e-8 * scale
+
+
+def test_project_is_the_transpose_of_replay():
+  delta, ds = normals(), directions(3)
+  c = np.array([0.5, -2.0, 1.0], np.float32)
+  zeros = jax.tree.map(np.zeros_like, delta)
+  sums = jax.jit(perturb.replay)(zeros, ds, c)
+  left = sum(
+    np.sum(np.float64(delta[path]) * np.float64(sums[path])) for path in delta
+  )
+  right = np.dot(c, jax.jit(perturb.project)(delta, ds))
+  np.testing.assert_allclose(left, right, rtol=1e-5)
+
+
+def test_many_clients_at_once():
+  shapes = {'a': (130, 8), 'b': (400,)}
+  each = [normals(seed, shapes) for seed in range(3)]
+  params = jax.tree.map(lambda *xs: np.stack(xs), *each)
+  ds = np.stack([directions(4, seed) for seed in range(3)])
+  c = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
+  for tiled in (False, True):
+    project = lambda x, d, tiled=tiled: perturb.project(x, d, tiled=tiled)
+    replay = lambda x, d, c, tiled=tiled: perturb.replay(x, d, c, tiled=tiled)
+    products = jax.jit(jax.vmap(project))(params, ds)
+    new = jax.jit(jax.vmap(replay))(params, ds, c)
+    for i, one in enumerate(each):
+      expected = inner_products(one, ds[i], 'rademacher')
+      np.testing.assert_allclose(products[i], expected, atol=1e-4)
+      alone = jax.jit(perturb.replay)(one, ds[i], c[i])
+      jax.tree.map(lambda a, b, i=i: assert_same_bits(a[i], b), new, alone)
+
+
+def test_a_sharded_tensor_is_not_gathered():
+  # with several devices there are no tiles unless one asks for them
+  w, ds = normals(0, {'a': (512, 16)}), directions(3)
+  placed = lambda mesh: jax.device_put(
+    w, NamedSharding(mesh, PartitionSpec('r', 'c'))
+  )
+
+  def f(params, **kwargs):
+    moved = perturb.replay(params, ds, np.ones(3, np.float32), **kwargs)
+    return moved, perturb.project(params, ds, **kwargs)
+
+  expected, products = jax.jit(f)(w)
+  devices = np.array(jax.devices())
+  for rows, cols in [(8, 1), (2, 4)]:
+    arg = placed(Mesh(devices.reshape(rows, cols), ('r', 'c')))
+    compiled = jax.jit(f).lower(arg).compile()
+    text = compiled.as_text() or ''
+    assert 'all-gather' not in text
+    assert 'all-to-all' not in text
+    assert 'collective-permute' not in text
+    new, sums = compiled(arg)
+    jax.tree.map(assert_same_bits, new, expected)
+    np.testing.assert_allclose(sums, products, atol=1e-4)
+    tiled, _ = jax.jit(lambda x: f(x, tiled=True))(arg)
+    jax.tree.map(assert_same_bits, tiled, expected)
+
+
+@pytest.mark.parametrize('platform', ['tpu', 'cuda', 'cpu'])
+@pytest.mark.parametrize('tiled', [False, True])
+def test_lowers_for_every_platform(platform, tiled):
+  params = normals(0, {'a': (130, 30), 'b': (3,)})
+  ds, c = jnp.asarray(directions(4)), jnp.zeros(4)
+  units = jax.tree.map(lambda w: np.zeros(4, np.int32), params)
+  exponents = {'a': 8, 'b': 8}
+
+  def lower(f, *args, **kwargs):
+    names = ('distribution', 'tiled')
+    traced = jax.jit(f, static_argnames=names).trace(*args, **kwargs)
+    traced.lower(lowering_platforms=(platform,))
+
+  for name in ALL:
+    kwargs = {'distribution': name, 'tiled': tiled}
+    lower(perturb.project, params, ds, **kwargs)
+    lower(perturb.replay, params, ds, c, **kwargs)
+    if name in EXACT:
+      lower(perturb.replay_int, params, ds, units, exponents, **kwargs)
+
+
+def test_errors_of_project_name_what_is_wrong():
+  w, ds = {'a': np.zeros(3, np.float32)}, directions(2)
+  with pytest.raises(ValueError, match="'rademacher', 'popcount16', 'gauss"):
+    perturb.project(w, ds, distribution='cauchy')
+  with pytest.raises(TypeError, match="'a' must be of a floating type"):
+    perturb.project({'a': np.zeros(3, int)}, ds)
+  with pytest.raises(ValueError, match=r'directions must be uint32\[K, 2\]'):
+    perturb.project(w, ds[0])
