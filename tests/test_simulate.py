@@ -62,6 +62,7 @@ def test_share_that_answers():
     ({'num_clients': 0}, 'num_clients must be >= 1'),
     ({'participation_rate': 1.5}, 'no more clients can be sampled'),
     ({'participation_rate': 0.0}, 'participation_rate must be in'),
+    ({'participation_rate': 0.1}, 'samples nobody; it must be more than'),
     ({'dropout_rate': 1.0}, 'dropout_rate must be in'),
     ({'weights': (1,)}, 'must have 3 entries'),
     ({'weights': (1, 2, 0.5)}, 'whole numbers .* got 0.5 for client 2'),

@@ -15,7 +15,6 @@ import jax
 import numpy as np
 
 from jaxfl import keys, wire
-from jaxfl import log as log_lib
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl.runtime import stacking
@@ -51,6 +50,12 @@ class Population:
         f' {self.participation_rate}: no more clients can be sampled than'
         ' exist'
       )
+    if not self.num_slots:
+      raise ValueError(
+        f'participation_rate {self.participation_rate} of {self.num_clients}'
+        ' clients samples nobody; it must be more than'
+        f' {0.5 / self.num_clients:.3g}'
+      )
     if not 0 <= self.dropout_rate < 1:
       raise ValueError(
         f'dropout_rate must be in [0, 1), got {self.dropout_rate}'
@@ -71,7 +76,7 @@ class Population:
   @property
   def num_slots(self) -> int:
     """Clients sampled in every round."""
-    return max(1, round(self.participation_rate * self.num_clients))
+    return round(self.participation_rate * self.num_clients)
 
   def weight_of(self, ids: np.ndarray) -> np.ndarray:
     """float32[C]."""
@@ -197,7 +202,7 @@ def simulate(
   num_rounds: int,
   first_round: int = 0,
   local: Any = None,
-  log: log_lib.RoundLog | None = None,
+  log: Any = None,
   block_size: int = 1,
   programs: Programs | None = None,
 ) -> Iterator[Round]:
@@ -212,8 +217,8 @@ def simulate(
     num_rounds: rounds of the whole run.
     first_round: rounds that `state` has behind it.
     local: private client states of a snapshot, leading axis num_clients.
-    log: rounds that it holds are replayed, new ones are appended to it before
-      they are applied.
+    log: a `RoundLog` or `SharedLog`; rounds that it holds are replayed, new
+      ones are appended to it before they are applied.
     block_size: clients that run at once under `vmap`, on every device.
     programs: from `compile_method(method)`, to share compiled programs, or
       from `mesh.compile_method(method, mesh)`, to run on a mesh.
