@@ -5,8 +5,9 @@ A key is `uint32[2]`, the key of Threefry-2x32 with 20 rounds (Salmon et al.,
 from the run's 64-bit seed to one tensor of one direction:
 
     root      = (seed >> 32, seed & 0xffffffff)
-    direction = fold(root, party, round, sample)        # SPSA
-    direction = fold(root, seed id)                     # seed pools
+    direction = fold(root, party, round, sample)              # SPSA, Ferret
+    direction = fold(root, seed id)                           # seed pools
+    direction = fold(stream(root, 'cohort'), round, sample)   # DeComFL
     leaf      = fold(direction, tensor_id(path))
 
 with `fold(k, d) = Threefry2x32(k, (0, d))`, which is `jax.random.fold_in` of
