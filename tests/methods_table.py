@@ -152,9 +152,6 @@ CASES = {
     ),
     True, 0.02,
   ),
-  'ferret-gaussian': Case(
-    _ferret(server_lr=0.5, distribution='gaussian'), False, 0.02
-  ),
   'ferret-adam-server': Case(
     _ferret(server_optimizer=optax.adam(0.05), codec='bfloat16'), False, 0.02
   ),

@@ -174,15 +174,13 @@ def test_delta_is_that_of_any_client_optimizer():
 )
 def test_slope_is_one(distribution, codec):
   """<rec, delta> = |delta|^2; its deviation over 80,000 slots is 0.005."""
-  delta = {'w': normals({'w': (40, 6)})['w']}
-  method = build(
-    coordinates=80_000, codec=codec, distribution=distribution,
-    server_optimizer=optax.sgd(1.0),
-  )  # fmt: skip
+  delta = {'w': normals({'w': (40, 6)})['w'] / 8}  # inside of the grid
+  method = build(coordinates=80_000, codec=codec, distribution=distribution)
   state = method.init(jax.tree.map(np.zeros_like, delta))
   cohort = cohort_of([0])
   messages = messages_of(method, state, [delta], cohort)
   after = jax.jit(method.server)(state, messages, cohort)
+  assert method.check(after) is None
   slope = -np.vdot(after.params['w'], delta['w']) / np.vdot(*[delta['w']] * 2)
   assert abs(slope - 1) < 0.01
 
