@@ -38,9 +38,13 @@ class Snapshots:
   """The snapshots of a run in a directory; the newest few are kept."""
 
   def __init__(self, directory: str | pathlib.Path, *, keep: int = 2):
+    path = pathlib.Path(directory).absolute()
+    path.mkdir(parents=True, exist_ok=True)
     self._manager = ocp.CheckpointManager(
-      pathlib.Path(directory).absolute(),
-      options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+      path,
+      options=ocp.CheckpointManagerOptions(
+        max_to_keep=keep, create=False, multiprocessing_options=_alone()
+      ),
     )
 
   def save(self, snapshot: Snapshot, log: log_lib.RoundLog) -> None:
@@ -48,7 +52,7 @@ class Snapshots:
     self._manager.save(
       snapshot.round,
       args=ocp.args.Composite(
-        state=ocp.args.StandardSave(_tree(snapshot.state)),
+        state=ocp.args.StandardSave(jax.device_get(_tree(snapshot.state))),
         local=ocp.args.StandardSave(
           jax.tree.map(np.array, _tree(snapshot.local))
         ),
@@ -117,7 +121,7 @@ def save_base(directory: str | pathlib.Path, params: jt.Params) -> None:
   path = pathlib.Path(directory).absolute()
   for remains in [path, *path.parent.glob(f'{path.name}.orbax-*')]:
     shutil.rmtree(remains, ignore_errors=True)
-  with ocp.StandardCheckpointer() as checkpointer:
+  with _checkpointer() as checkpointer:
     checkpointer.save(path, _by_path(params))
   for entry in [*path.rglob('*'), path, path.parent]:
     handle = os.open(entry, os.O_RDONLY)
@@ -150,7 +154,7 @@ def load_base(
     for name, dtype, shape in spec
   }
   try:
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _checkpointer() as checkpointer:
       found = checkpointer.restore(path, _by_path(shapes))
   except Exception as error:
     raise ValueError(f'{path}: no usable base checkpoint: {error}') from error
@@ -160,6 +164,20 @@ def load_base(
       f'{path}: digest {got[:12]}, but the log starts from {digest[:12]}'
     )
   return params
+
+
+def _alone() -> ocp.options.MultiprocessingOptions:
+  """One process of several writes and reads, without waiting for others."""
+  if jax.process_count() == 1:
+    return ocp.options.MultiprocessingOptions()
+  this = jax.process_index()
+  return ocp.options.MultiprocessingOptions(
+    primary_host=this, active_processes={this}
+  )
+
+
+def _checkpointer() -> ocp.StandardCheckpointer:
+  return ocp.StandardCheckpointer(multiprocessing_options=_alone())
 
 
 def _by_path(params) -> dict[str, Any]:

@@ -97,7 +97,12 @@ def make(
     for device in devices[: rows * num_model_devices]
   ]
   shape = (num_client_devices, num_model_devices)
-  return Mesh(np.array(devices).reshape(shape), (CLIENTS, MODEL))
+  mesh = Mesh(np.array(devices).reshape(shape), (CLIENTS, MODEL))
+  if len(processes) > 1:
+    # connects all devices now: the first time, some transports don't wait long
+    zeros = mesh_clients.split(mesh, np.zeros(rows, np.uint8))
+    jax.block_until_ready(mesh_clients.gather(mesh)(zeros))
+  return mesh
 
 
 def spec_of(shape: tuple[int, ...], num_model_devices: int) -> PartitionSpec:
@@ -125,18 +130,15 @@ class Program:
   """A compiled program that first puts its arguments on the mesh.
 
   Attributes:
-    jitted: the program itself.
+    jitted: the program itself, a function under `jax.jit`.
+    place: arguments -> arguments on the mesh.
   """
 
   def __init__(self, jitted: Any, place: Callable[..., tuple]):
-    self.jitted, self._place = jitted, place
+    self.jitted, self.place = jitted, place
 
   def __call__(self, *args):
-    return self.jitted(*self._place(*args))
-
-  def lower(self, *args):
-    """As of a function under `jax.jit`."""
-    return self.jitted.lower(*self._place(*args))
+    return self.jitted(*self.place(*args))
 
 
 def compile_method(
@@ -246,10 +248,12 @@ def pmap_client(
 
 
 def on_one_device(tree: Any) -> Any:
-  """What is whole on every device of this process, on one of them; no copy."""
+  """A tree that is whole on every device, on one of them, without a copy.
 
-  def one(x):
-    whole = isinstance(x, jax.Array) and x.is_fully_replicated
-    return x.addressable_data(0) if whole else x
-
+  One that is split stays as it is.
+  """
+  arrays = [x for x in jax.tree.leaves(tree) if isinstance(x, jax.Array)]
+  if not all(x.is_fully_replicated for x in arrays):
+    return tree
+  one = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
   return jax.tree.map(one, tree)

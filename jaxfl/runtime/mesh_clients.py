@@ -2,7 +2,8 @@
 
 Processes take consecutive parts of the cohort, in whole blocks. A block is what
 the simulator would run at once; a process runs as many blocks at once as it has
-client devices, if their batches have equal shapes.
+client devices, if their batches have equal shapes. Messages move as bytes, the
+payload of their frames: no compiler widens them on the way.
 """
 
 from typing import Any
@@ -11,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxfl import wire
 from jaxfl.runtime import simulate
 
 CLIENTS = 'clients'  # the axis of the mesh
@@ -23,11 +25,17 @@ def gather(mesh: Mesh) -> Any:
     mesh: from `mesh.make`.
 
   Returns:
-    A compiled identity: its argument is a pytree of arrays that are split along
-    their leading axis over `clients`, its result is whole on every device.
+    uint8[S, N] -> the same; the argument is split along S over `clients`, the
+    result is whole on every device. A compiled identity.
   """
   whole = NamedSharding(mesh, PartitionSpec())
-  return jax.jit(lambda messages: messages, out_shardings=whole)
+  return jax.jit(lambda rows: rows, out_shardings=whole)
+
+
+def split(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+  """The rows of this process as its part of an argument of `gather`."""
+  sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
+  return jax.make_array_from_process_local_data(sharding, rows)
 
 
 def check_private(mesh: Mesh, local: Any) -> None:
@@ -84,23 +92,23 @@ def run_clients(
   own = parts[processes.index(jax.process_index())]
   blocks = simulate.blocks(batch_fn, population, round, own, block_size)
   width = mesh.local_mesh.shape[CLIENTS]
-  messages, losses = _run(programs, state, local, blocks, width)
+  done = _run(programs, state, local, blocks, width)
   # slots for a full cohort: nothing is compiled again for a smaller one
   slots = -(-share(population.num_slots) // width) * width
-  sharding = NamedSharding(mesh, PartitionSpec(CLIENTS))
-
-  def spread(shape, *xs):
-    empty = np.zeros((slots - len(own), *shape.shape), shape.dtype)
-    x = np.concatenate([*xs, empty])
-    return jax.make_array_from_process_local_data(sharding, x)
-
-  spreads = jax.tree.map(spread, like(state.params), *messages)
-  arrived = jax.device_get(gather(spreads))
+  spec = wire.describe(like(state.params))
+  rows = [wire.pack(x, spec, lead=loss.shape) for x, loss in done]
+  rows.append(np.zeros((slots - len(own), wire.payload_bytes(spec)), np.uint8))
+  arrived = np.asarray(gather(split(mesh, np.concatenate(rows))))
   present = np.concatenate(
     [i * slots + np.arange(len(part)) for i, part in enumerate(parts)]
   )
-  loss = float(np.concatenate(losses).mean()) if losses else None
-  return jax.tree.map(lambda x: x[present], arrived), local, loss
+  messages = wire.unpack(arrived[present], spec, like(state.params))
+  losses = [loss for _, loss in done]
+  return (
+    messages,
+    local,
+    float(np.concatenate(losses).mean()) if losses else None,
+  )
 
 
 def _run(programs, state, local, blocks, width):
@@ -132,8 +140,7 @@ def _run(programs, state, local, blocks, width):
       run(waiting.pop(shapes))
   for group in waiting.values():
     run(group)
-  ordered = [done[number] for number in sorted(done)]
-  return [message for message, _ in ordered], [loss for _, loss in ordered]
+  return [done[number] for number in sorted(done)]
 
 
 def _processes(mesh: Mesh) -> list[int]:
