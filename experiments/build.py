@@ -11,7 +11,7 @@ from experiments.config import Config, UsageError
 from jaxfl import keys, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.methods import decomfl, fed_avg, fedkseed, spsa
+from jaxfl.methods import decomfl, fed_avg, fedkseed, ferret, spsa
 from jaxfl.runtime import simulate
 
 
@@ -43,7 +43,7 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
       config, config.schedule, _filled(config.learning_rate)
     ),
     'mu': schedules.make(config.mu_schedule, config.mu, config.num_rounds),
-    'codec': config.codec,
+    'codec': _filled(config.codec),
     'codec_scale': config.codec_scale,
     'distribution': config.distribution,
     'forward_dtype': config.forward_dtype,
@@ -90,17 +90,53 @@ def _decomfl(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
+def _client_optimizer(config: Config) -> optax.GradientTransformation:
+  learning_rate = _filled(config.learning_rate)
+  if config.client_optimizer == 'adamw':
+    return optax.adamw(learning_rate, weight_decay=config.weight_decay)
+  sgd = optax.sgd(learning_rate)
+  if not config.weight_decay:
+    return sgd
+  return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd)
+
+
+def _server_optimizer(config: Config) -> optax.GradientTransformation:
+  server_lr = _filled(config.server_lr)
+  if config.server_optimizer == 'adam':
+    if config.server_momentum:
+      raise UsageError(
+        'server_momentum does not apply to server_optimizer adam'
+      )
+    return optax.adam(server_lr)
+  return optax.sgd(server_lr, momentum=config.server_momentum or None)
+
+
 def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
-  client = optax.sgd(_filled(config.learning_rate))
-  if config.weight_decay:
-    client = optax.chain(optax.add_decayed_weights(config.weight_decay), client)
   return fed_avg.fed_avg(
     loss_fn,
-    client_optimizer=client,
-    server_optimizer=optax.sgd(
-      config.server_lr, momentum=config.server_momentum or None
-    ),
+    client_optimizer=_client_optimizer(config),
+    server_optimizer=_server_optimizer(config),
     local_steps=_filled(config.local_steps),
+  )
+
+
+def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  if config.server_optimizer == 'sgd' and not config.server_momentum:
+    server: dict[str, Any] = {'server_lr': _filled(config.server_lr)}  # exact
+  else:
+    server = {'server_optimizer': _server_optimizer(config)}
+  return ferret.ferret(
+    loss_fn,
+    keys.root(config.seed),
+    client_optimizer=_client_optimizer(config),
+    local_steps=_filled(config.local_steps),
+    coordinates=config.coordinates,
+    allocation=config.allocation,
+    codec=_filled(config.codec),
+    distribution=config.distribution,
+    max_block_size=config.max_block_size,
+    num_rounds=config.num_rounds,
+    **server,
   )
 
 
@@ -119,32 +155,53 @@ _DECOMFL = _ZEROTH_ORDER | {
 }  # fmt: skip
 _FED = frozenset(
   {'local_steps', 'server_lr', 'server_momentum', 'weight_decay'}
+  | {'client_optimizer', 'server_optimizer'}
 )
+_FERRET = _FED | {
+  'coordinates', 'allocation', 'codec', 'distribution', 'max_block_size'
+}  # fmt: skip
 
 METHODS = {
   'spsa': Entry(
-    _spsa, {'learning_rate': 0.014, 'num_perturbations': 16}, _SPSA
+    _spsa,
+    {'learning_rate': 0.014, 'num_perturbations': 16, 'codec': 'log8'},
+    _SPSA,
   ),
   'fedkseed': Entry(
-    _fedkseed, {'learning_rate': 9e-4, 'local_steps': 16}, _FEDKSEED
+    _fedkseed,
+    {'learning_rate': 9e-4, 'local_steps': 16, 'codec': 'log8'},
+    _FEDKSEED,
   ),
   'fedkseed_pro': Entry(
     _fedkseed,
-    {'learning_rate': 9e-4, 'local_steps': 16},
+    {'learning_rate': 9e-4, 'local_steps': 16, 'codec': 'log8'},
     _FEDKSEED | {'importance_weight'},
   ),
   'decomfl': Entry(
     _decomfl,
-    {'learning_rate': 2e-3, 'local_steps': 1, 'num_perturbations': 16},
+    {
+      'learning_rate': 2e-3, 'local_steps': 1, 'num_perturbations': 16,
+      'codec': 'log8',
+    },
     _DECOMFL,
   ),
-  'fed_avg': Entry(_fed_avg, {'learning_rate': 0.3, 'local_steps': 8}, _FED),
+  'ferret': Entry(
+    _ferret,
+    {
+      'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 0.1,
+      'codec': 'sign1',
+    },
+    _FERRET,
+  ),
+  'fed_avg': Entry(
+    _fed_avg, {'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 1.0}, _FED
+  ),
   'fed_sgd': Entry(
     _fed_avg,
-    {'learning_rate': 0.3, 'local_steps': 1},
+    {'learning_rate': 0.3, 'local_steps': 1, 'server_lr': 1.0},
     _FED - {'local_steps'},
   ),
-}
+}  # fmt: skip
 
 
 _LORA = ('adapter', ('lora',))

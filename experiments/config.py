@@ -6,7 +6,15 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
-from jaxfl import codecs, estimators, master, objectives, perturb, schedules
+from jaxfl import (
+  allocation,
+  codecs,
+  estimators,
+  master,
+  objectives,
+  perturb,
+  schedules,
+)
 from jaxfl.methods import spsa
 
 
@@ -116,7 +124,10 @@ class Config:
   )
   mu: float = _setting(1e-3, 'Perturbation radius.')
   mu_schedule: str = _setting('constant', 'Of mu.')
-  codec: str = _setting('log8', 'Code of a projected gradient.')
+  codec: str | None = _setting(
+    None,
+    'Code of a projected gradient or coordinate; log8, and for ferret sign1.',
+  )
   codec_scale: float = _setting(16.0, 'Range of the codecs that have one.')
   distribution: str = _setting('rademacher', 'Of the directions.')
   sides: str = _setting('two_sided', 'two_sided or one_sided.')
@@ -133,9 +144,23 @@ class Config:
   importance_weight: bool = _setting(
     False, 'Weigh the steps of fedkseed_pro by 1 / (num_seeds p): no bias.'
   )
-  # fed_avg, fed_sgd
-  server_lr: float = _setting(1.0, 'Learning rate of the server.')
-  server_momentum: float = _setting(0.0, 'Momentum of the server.')
+  # first order: fed_avg, fed_sgd, ferret
+  client_optimizer: str = _setting('sgd', 'Of the local steps: sgd or adamw.')
+  server_optimizer: str = _setting(
+    'sgd', 'Takes the mean of the clients as its gradient: sgd or adam.'
+  )
+  server_lr: float | None = _setting(
+    None, 'Learning rate of the server; fed_avg: 1, ferret: 0.5.'
+  )
+  server_momentum: float = _setting(0.0, 'Momentum of a server with sgd.')
+  # ferret
+  coordinates: int = _setting(1024, 'Coordinates of a message.')
+  allocation: str = _setting(
+    'bytes', 'Of coordinates to blocks: bytes, compute or paper.'
+  )
+  max_block_size: int = _setting(
+    1 << 14, 'Entries of a block; larger tensors are cut.'
+  )
   # the run
   seed: int = _setting(0, 'Seed of the run, 64 bits.')
   eval_every: int = _setting(5, 'Rounds between evaluations.')
@@ -153,7 +178,7 @@ _CHOICES = {
   'weighting': ('uniform', 'examples'),
   'schedule': schedules.NAMES,
   'mu_schedule': schedules.NAMES,
-  'codec': codecs.CODECS,
+  'codec': (None, *codecs.CODECS),
   'distribution': perturb.DISTRIBUTIONS,
   'sides': estimators.SIDES,
   'scaling': spsa.SCALINGS,
@@ -163,6 +188,9 @@ _CHOICES = {
   'pool': (None, 'first', 'mean', 'last'),
   'adapter': ('full', 'lora', 'head', 'bias'),
   'form': ('auto', 'head', 'words', 'candidates', 'lm'),
+  'allocation': allocation.ALLOCATIONS,
+  'client_optimizer': ('sgd', 'adamw'),
+  'server_optimizer': ('sgd', 'adam'),
   'partition': ('iid', 'dirichlet', 'label', 'column'),
   'objective': objectives.OBJECTIVES,
 }
@@ -171,7 +199,7 @@ _POSITIVE = (
     'learning_rate', 'num_perturbations', 'mu', 'codec_scale', 'local_steps',
     'server_lr', 'eval_every', 'snapshot_every', 'block_size', 'lora_rank',
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
-    'max_new_tokens', 'num_seeds',
+    'max_new_tokens', 'num_seeds', 'coordinates', 'max_block_size',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',
