@@ -48,7 +48,7 @@ def reconstruction(trial, delta, counts, magnitude, num_slots, distribution):
 
 
 def trials(
-  delta, counts, num, *, distribution='rademacher', magnitude=0, slots=None
+  delta, counts, num, *, distribution='rademacher', magnitude=0.0, slots=None
 ):
   """Independent reconstructions, a pytree like `delta` with a leading axis."""
   counts = np.asarray(counts, np.int32)
@@ -64,7 +64,7 @@ def errors(recs, delta):
   square = lambda r, x: np.sum(
     np.square(r.astype(np.float64) - x), axis=tuple(range(1, r.ndim))
   )
-  return sum(jax.tree.leaves(jax.tree.map(square, recs, delta)))
+  return np.sum(jax.tree.leaves(jax.tree.map(square, recs, delta)), axis=0)
 
 
 def assert_mean(samples, expected, least):
@@ -187,7 +187,7 @@ counts_of = jax.jit(allocation.counts, static_argnums=2)
 
 def law_and_counts(name, total):
   """The predicted squared error; K_l int32[L]."""
-  factors = allocation.factors(name, SIZES, 'rademacher')
+  factors = allocation.factors(name, SIZES.tolist(), 'rademacher')
   counts = np.asarray(counts_of(NORMS.astype(np.float32), factors, total))
   assert counts.sum() == total
   return np.sum((SIZES - 1) / counts * NORMS**2), counts
