@@ -100,6 +100,25 @@ _POOL = _UNLIKE | {
   'learning_rate': 0.0125,
   'num_rounds': 300,
 }
+_FIRST_ORDER = _UNLIKE | {
+  'local_steps': 8,
+  'learning_rate': 1.0,
+  'num_rounds': 100,
+  'eval_every': 5,
+}
+_FERRET = _FIRST_ORDER | {
+  'method': 'ferret',
+  'coordinates': 256,
+  'server_lr': 0.3,
+}
+_MNIST = {
+  'dataset': 'mnist',
+  'num_clients': 5,
+  'batch_size': 32,
+  'eval_examples': 0,
+  'eval_batch_size': 500,
+  'eval_every': 5,
+}
 # rounds and steps of about 2,400 steps in all
 _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 
@@ -186,5 +205,63 @@ STUDIES = {
       | {'codec': 'float32', 'send_indices': True},
     },
     ('accuracy', 'loss'),
+  ),
+  'ferret_coordinates': Study(
+    'Ferret by the coordinates of a message; SST-2 features, Dirichlet(0.5)',
+    {
+      f'K = {k}': _FERRET | {'coordinates': k, 'server_lr': lr}
+      # not above K / (K + d / C), with 770 entries and 8 clients
+      for k, lr in ((16, 0.15), (64, 0.3), (256, 0.3), (1024, 0.3))
+    },
+    ('accuracy', 'loss'),
+    log_x=True,
+  ),
+  'methods_sst2': Study(
+    'All methods; SST-2 features, 8 clients, Dirichlet(0.5)',
+    {
+      'SPSA': _UNLIKE
+      | {
+        'num_perturbations': 8,
+        'mu': 0.01,
+        'learning_rate': 0.1,
+        'num_rounds': 300,
+      },
+      'FedKSeed': _POOL,
+      'FedKSeed-Pro': _POOL | {'method': 'fedkseed_pro'},
+      'DeComFL': _UNLIKE
+      | {
+        'method': 'decomfl',
+        'num_perturbations': 8,
+        'mu': 0.01,
+        'learning_rate': 0.08,
+        'num_rounds': 300,
+      },
+      'Ferret': _FERRET,
+      'FedAvg': _FIRST_ORDER | {'method': 'fed_avg'},
+    },
+    ('accuracy', 'loss'),
+    log_x=True,
+  ),
+  'decomfl_mnist': Study(
+    'DeComFL and FedAvg; a CNN of 28,938 parameters on MNIST, 5 clients',
+    {
+      'DeComFL': _MNIST
+      | {
+        'method': 'decomfl',
+        'num_perturbations': 20,
+        'mu': 1e-3,
+        'learning_rate': 2e-3,
+        'num_rounds': 60,
+      },
+      'FedAvg': _MNIST
+      | {
+        'method': 'fed_avg',
+        'local_steps': 10,
+        'learning_rate': 0.1,
+        'num_rounds': 20,
+      },
+    },
+    ('accuracy', 'loss'),
+    log_x=True,
   ),
 }
