@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from experiments import build, models, progress, session
+from experiments import build, models, progress, run_log
 from experiments import workdir as workdir_lib
 from experiments.config import UsageError, from_mapping
 from jaxfl import checkpoint, digest, keys, metrics
@@ -71,7 +71,7 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           f'{workdir.log} was written under {header.spec!r}; this version'
           f' implements {keys.SPEC!r}'
         )
-      config = from_mapping(session.settings_of(header))
+      config = from_mapping(run_log.settings_of(header))
       base = checkpoint.load_base(
         workdir.base, header.params, header.base_digest
       )
@@ -142,7 +142,7 @@ def write(params, header, workdir, out: str, model: str | None = None) -> None:
       f'{workdir.path} trained a linear layer, not a model; --out must end in'
       ' .safetensors'
     )
-  settings = session.settings_of(header)
+  settings = run_log.settings_of(header)
   config = from_mapping(settings | ({} if model is None else {'model': model}))
   models.export(
     config,

@@ -1,15 +1,19 @@
 """Runs an experiment in a directory: what `experiments.train` does."""
 
+import contextlib
 import math
 import pathlib
 import time
 from typing import Any
 
+import jax
 from absl import logging
+from jax.sharding import Mesh
 
 from experiments import build, problem, progress, report, session
 from experiments import workdir as workdir_lib
-from experiments.config import Config
+from experiments.config import Config, UsageError
+from jaxfl.runtime import distributed
 
 _NOT_FINITE = (
   'round %d: a loss is not finite; such contributions are rejected by all. If'
@@ -17,46 +21,68 @@ _NOT_FINITE = (
 )
 
 
-def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
+class Stopped(KeyboardInterrupt):
+  """The user has asked to stop; all processes stop after the same round."""
+
+
+def run(
+  config: Config, directory: str | pathlib.Path, mesh: Mesh | None = None
+) -> dict[str, Any] | None:
   """Runs, or goes on with, an experiment.
 
   Args:
     config: resolved settings, see `build.resolve`.
-    directory: of the run; if it holds a run, the one to go on with.
+    directory: of the run; if it holds a run, the one to go on with. Used by the
+      first process only.
+    mesh: where clients run; by default, in the simulator. The result is the
+      same, see `jaxfl.runtime.mesh`.
 
   Returns:
-    The summary, as written to `summary.json`.
+    The summary, as written to `summary.json`; None in other processes than the
+    first.
 
   Raises:
     UsageError: if settings and directory, log or base do not fit.
+    FloatingPointError: if weights leave their range, or replicas differ.
+    Stopped: if the user has asked for it.
   """
   workdir = workdir_lib.Workdir(directory)
-  method = build.build_method(config, build.no_loss)
-  found = problem.build(config)
-  task = found.task
-  population = build.build_population(config, method, task.num_examples)
-  if found.notes:
+  first = distributed.is_first()
+  with distributed.together(UsageError):
+    method = build.build_method(config, build.no_loss)
+    found = problem.build(config)
+    population = build.build_population(config, method, found.task.num_examples)
+  with distributed.together(UsageError):
+    if first:
+      workdir_lib.claim(workdir, config)
+  if found.notes and first:
     print(found.notes)
-  workdir_lib.claim(workdir, config)
+  task = found.task.name
   started = time.monotonic()
-  with session.open_session(config, workdir, method, found) as live:
+  with session.open_session(config, workdir, method, found, mesh) as live:
     past = live.ledger['wall_s']
     wall_s = lambda: past + time.monotonic() - started
 
     if live.round == 0:
-      live.record(task.name, found.evaluate(live.state.params), wall_s())
+      live.evaluate(task, wall_s())
     with (
       progress.stop_on_signals() as stop,
-      progress.bar(config.num_rounds, live.round) as advance,
+      progress.bar(config.num_rounds, live.round)
+      if first
+      else contextlib.nullcontext(lambda round, text: None) as advance,
     ):
       shown = {}
       for done in live.rounds(population):
         last = done.round == config.num_rounds
         values = {}
         if last or done.round % config.eval_every == 0:
-          values = found.evaluate(done.state.params)
-          live.record(task.name, values, wall_s())
-        if last or stop.asked or done.round % config.snapshot_every == 0:
+          values = live.evaluate(task, wall_s())
+        due = last or done.round % config.snapshot_every == 0
+        # one process can stop after any round, several when they meet
+        stops = stop.asked
+        if jax.process_count() > 1:
+          stops = due and live.asked(stop.asked)
+        if due or stops:
           live.snapshot(wall_s())
         if done.loss is not None:
           shown['loss'] = done.loss
@@ -67,6 +93,6 @@ def run(config: Config, directory: str | pathlib.Path) -> dict[str, Any]:
         advance(
           done.round, f'{text}up {report.amount(live.ledger["bytes_up"])}'
         )
-        if stop.asked and not last:
-          raise KeyboardInterrupt
-    return live.finish(task.name)
+        if stops and not last:
+          raise Stopped
+    return live.finish(task)

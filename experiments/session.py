@@ -1,26 +1,29 @@
-"""A live run on disk: base, log, snapshots, metrics; opened anew or again."""
+"""A live run on disk: base, log, snapshots, metrics; opened anew or again.
+
+Of several processes, the first alone reads and writes the run's directory; the
+others get from it what they need.
+"""
 
 import contextlib
-import dataclasses
 import functools
 import json
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import logging
+from jax.sharding import Mesh
 
-from experiments import build, report
+from experiments import build, report, run_log
 from experiments import problem as problem_lib
 from experiments.config import Config, UsageError
 from experiments.workdir import Workdir, write_json
-from jaxfl import adapters, checkpoint, keys, metrics, wire
+from jaxfl import adapters, checkpoint, metrics
 from jaxfl import digest as digest_lib
-from jaxfl import log as log_lib
 from jaxfl import method as method_lib
-from jaxfl.models import native
-from jaxfl.runtime import simulate
+from jaxfl.runtime import distributed, mesh_clients, simulate
+from jaxfl.runtime import mesh as mesh_lib
 
-DIGESTS = ('data_digest', 'frozen_digest')  # in a log beside the settings
 TOTALS = (
   'bytes_up', 'bytes_down', 'forwards', 'backwards', 'projected_grads'
 )  # fmt: skip
@@ -32,6 +35,7 @@ def open_session(
   workdir: Workdir,
   method: method_lib.Method,
   problem: problem_lib.Problem,
+  mesh: Mesh | None = None,
 ) -> Iterator['Session']:
   """Starts the run of a directory, or finds where it was left.
 
@@ -40,100 +44,53 @@ def open_session(
     workdir: claimed by `workdir.claim`.
     method: the method.
     problem: data and model, neither of which a run can change.
+    mesh: where clients run; by default, in the simulator.
 
   Yields:
     The session; log and snapshots are on disk when the context ends.
 
   Raises:
-    UsageError: if the directory's log or base are of another run or damaged.
+    UsageError: if the directory's log or base are of another run or damaged, or
+      if processes don't run the same.
   """
-  try:
-    log = _open_log(config, workdir, method, problem)
-  except (ValueError, OSError) as error:
-    raise UsageError(str(error)) from error
-  snapshots = checkpoint.Snapshots(workdir.snapshots)
-  try:
-    yield Session(config, workdir, method, problem, log, snapshots)
-  finally:
-    snapshots.close()
-    log.close()
-
-
-def settings_of(header: log_lib.Header) -> dict[str, Any]:
-  """The settings that a run was started with."""
-  return {k: v for k, v in header.config.items() if k not in DIGESTS}
-
-
-def _open_log(config, workdir, method, problem):
-  base = problem.params
-  digests = dict.fromkeys(DIGESTS, '') | {
-    'data_digest': problem.task.digest,
-    'frozen_digest': digest_lib.digest(problem.frozen),
-  }
-  header = log_lib.Header(
-    spec=keys.SPEC,
-    base_digest=digest_lib.digest(base),
-    config=dataclasses.asdict(config) | digests,
-    params=wire.describe(base),
-    message=wire.describe(method.message(base)),
-  )
-  if not workdir.log.exists():
-    if problem.shape is not None:
-      write_json(workdir.model, native.to_json(problem.shape))
-    checkpoint.save_base(workdir.base, base)
-    checkpoint.load_base(workdir.base, header.params, header.base_digest)
-    return log_lib.RoundLog.create(workdir.log, header)
-  if problem.shape is not None:
-    _check_shape(workdir, problem.shape)
-  log = log_lib.RoundLog.open(workdir.log, 'a')
-  there, here = (
-    dataclasses.asdict(h) | dict(h.config) for h in (log.header, header)
-  )
-  different = [k for k in here if k != 'config' and there.get(k) != here[k]]
-  if different:
-    log.close()
-    raise UsageError(
-      f'{workdir.log} is the log of another run: it differs in'
-      f' {", ".join(different)}'
-    )
-  return log
-
-
-def _check_shape(workdir, shape):
-  """Equal weights in a model of another shape are another model."""
-  try:
-    there = native.from_json(json.loads(workdir.model.read_text()))
-  except FileNotFoundError:
-    write_json(workdir.model, native.to_json(shape))
-    return
-  except ValueError as error:
-    raise UsageError(f'{workdir.model}: {error}') from error
-  different = [
-    f.name
-    for f in dataclasses.fields(shape)
-    if getattr(there, f.name) != getattr(shape, f.name)
-  ]
-  if different:
-    raise UsageError(
-      f'{workdir.model} is the shape of another model: it differs in'
-      f' {", ".join(different)}'
-    )
+  header = run_log.header_of(config, method, problem)
+  run_log.check_alike(header)
+  log = snapshots = None
+  with contextlib.ExitStack() as stack:
+    with distributed.together(UsageError):
+      try:
+        if mesh is not None:
+          local = jax.eval_shape(method.init_local, problem.params)
+          mesh_clients.check_private(mesh, local)
+        if distributed.is_first():
+          log = stack.enter_context(run_log.open_log(header, workdir, problem))
+          snapshots = checkpoint.Snapshots(workdir.snapshots)
+          stack.callback(snapshots.close)
+      except (ValueError, OSError) as error:
+        raise UsageError(str(error)) from error
+    yield Session(config, workdir, method, problem, mesh, log, snapshots)
 
 
 class Session:
   """The run between two rounds.
 
+  In other processes than the first, nothing is written.
+
   Attributes:
     round: rounds done.
     state: the public state after them.
+    log: None in other processes than the first.
     ledger: totals since the start: bytes, passes, seconds.
   """
 
-  def __init__(self, config, workdir, method, problem, log, snapshots):
+  def __init__(self, config, workdir, method, problem, mesh, log, snapshots):
     self.config, self.workdir, self.log = config, workdir, log
     self._method, self._snapshots = method, snapshots
     self._problem, base = problem, problem.params
-    self._programs = simulate.compile_method(
+    compile_method = simulate.compile_method
+    if mesh is not None:
+      compile_method = functools.partial(mesh_lib.compile_method, mesh=mesh)
+    self._programs = compile_method(
       method,
       build=lambda frozen: build.build_method(
         config, functools.partial(problem.loss_fn, frozen)
@@ -144,16 +101,25 @@ class Session:
     self.round = 0
     self.ledger: dict[str, Any] = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
     self._local = simulate.init_local(method, base, config.num_clients)
-    found = snapshots.newest(self.state, self._local, log)
+    if snapshots is not None:
+      self._restore(snapshots)
+    self.round = distributed.share_int(self.round)
+    if self.round:
+      self.state = distributed.share(self.state)
+    self._shared_log = distributed.SharedLog(log)
+
+  def _restore(self, snapshots):
+    """Goes back to the newest usable snapshot, if there is one."""
+    found = snapshots.newest(self.state, self._local, self.log)
     if found is not None and self._keep_metrics(found.round):
       self.round, self.state, self._local, self.ledger = found
     else:  # from the start: the log has all the rounds there were
-      workdir.metrics.unlink(missing_ok=True)
-    if log.num_rounds:
+      self.workdir.metrics.unlink(missing_ok=True)
+    if self.log.num_rounds:
       logging.info(
         'resuming: snapshot of round %d, log of %d rounds',
         self.round,
-        log.num_rounds,
+        self.log.num_rounds,
       )
 
   def _keep_metrics(self, round: int) -> bool:
@@ -182,7 +148,7 @@ class Session:
       num_rounds=self.config.num_rounds,
       first_round=self.round,
       local=self._local,
-      log=self.log,
+      log=self._shared_log,
       block_size=self.config.block_size,
       programs=self._programs,
     ):
@@ -191,8 +157,11 @@ class Session:
         self.ledger[name] += getattr(done, name)
       yield done
 
-  def record(self, task: str, values: dict[str, float], wall_s: float) -> None:
-    """Appends the values of an evaluation to `metrics.jsonl`."""
+  def evaluate(self, task: str, wall_s: float) -> dict[str, float]:
+    """Evaluates the weights and appends the values to `metrics.jsonl`."""
+    if self.log is None:
+      return {}
+    values = self._problem.evaluate(mesh_lib.on_one_device(self.state.params))
     self.ledger['wall_s'] = wall_s
     shared = {k: self.ledger[k] for k in TOTALS if k != 'projected_grads'}
     digest = digest_lib.digest(self.state.params)
@@ -213,9 +182,31 @@ class Session:
         for name, value in values.items()
       ],
     )
+    return values
+
+  def asked(self, stop: bool) -> bool:
+    """Whether some process is asked to stop; compares the replicas.
+
+    Raises:
+      FloatingPointError: if replicas differ.
+    """
+    if jax.process_count() == 1:
+      return stop
+    own = [digest_lib.digest(self.state.params), stop]
+    rows = [json.loads(x) for x in distributed.exchange(json.dumps(own))]
+    for process, (digest, _) in enumerate(rows):
+      if digest != rows[0][0]:
+        raise FloatingPointError(
+          f'after round {self.round} the weights of process {process} are not'
+          f' those of process 0: the updates of method {self.config.method} are'
+          ' not exact on these devices'
+        )
+    return any(stop for _, stop in rows)
 
   def snapshot(self, wall_s: float) -> None:
     """Saves a snapshot in the background."""
+    if self.log is None:
+      return
     self.ledger['wall_s'] = wall_s
     self._snapshots.save(
       checkpoint.Snapshot(
@@ -224,8 +215,10 @@ class Session:
       self.log,
     )
 
-  def finish(self, task: str) -> dict[str, Any]:
+  def finish(self, task: str) -> dict[str, Any] | None:
     """Writes `summary.json` and `curve.png`; returns the summary."""
+    if self.log is None:
+      return None
     rows = metrics.read(self.workdir.metrics)
     at = lambda r: {x.metric: x.value for x in rows if x.round == r}
     names = [row.metric for row in rows if row.round == 0]
