@@ -61,6 +61,9 @@ def initialize(
       raise ValueError(
         f'process_id must be in [0, {num_processes}), got {process_id}'
       )
+  # its watch for SIGTERM would keep the signal from the program
+  if hasattr(jax.config, 'jax_enable_preemption_service'):
+    jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(**given)
   except (RuntimeError, ValueError) as error:
@@ -88,10 +91,11 @@ def share(tree: Any) -> Any:
   """
 
   def one(x):
-    x = np.ascontiguousarray(jax.device_get(x))
+    x = np.asarray(jax.device_get(x))
     # as bytes: the transport adds zeros, which would turn -0.0 into 0.0
-    raw = multihost_utils.broadcast_one_to_all(x.reshape(-1).view(np.uint8))
-    return np.asarray(raw).view(x.dtype).reshape(x.shape)
+    row = np.frombuffer(x.tobytes(), np.uint8)
+    row = np.asarray(multihost_utils.broadcast_one_to_all(row))
+    return row.view(x.dtype).reshape(x.shape)
 
   return tree if jax.process_count() == 1 else jax.tree.map(one, tree)
 
