@@ -201,8 +201,6 @@ STUDIES = {
       'one byte, stochastic': _POOL | {'codec': 'log8_stochastic'},
       '16 bits': _POOL | {'codec': 'bfloat16'},
       'float32': _POOL | {'codec': 'float32'},
-      "float32 with indices, the paper's": _POOL
-      | {'codec': 'float32', 'send_indices': True},
     },
     ('accuracy', 'loss'),
   ),
