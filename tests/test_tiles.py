@@ -14,10 +14,9 @@ EXACT = ['rademacher', 'popcount16']
 ALL = [*EXACT, 'gaussian']
 SHAPES = {
   'empty': (0, 5),
-  'matrix': (256, 8),
-  'ragged': (2, 51, 7),
+  'ragged': (2, 83, 7),
   'scalar': (),
-  'vector': (601,),
+  'vector': (600,),
 }
 SIZE = 300  # entries of a tile
 
@@ -122,8 +121,8 @@ def test_tiles_do_not_change_integer_sums(distribution):
   changed = [np.any(new[path] != w) for path, w in params.items()]
   assert sum(changed) == len(SHAPES) - 1  # all but `empty`
   # one bad entry, in the last tile of two tensors
-  params['ragged'][1, 50, 6] = 2.0**18
-  params['vector'][600] = 0.5 / 64
+  params['ragged'][1, 82, 6] = 2.0**18
+  params['vector'][599] = 0.5 / 64
   found = run(params, True)[1]
   assert {path for path, flag in found.items() if flag} == {'ragged', 'vector'}
 
@@ -148,82 +147,66 @@ def test_project_of_narrow_types_sums_wide(monkeypatch):
   monkeypatch.setattr(tiles, 'SIZE', 2**14)
   rng, ds = np.random.default_rng(0), directions(8)
   x = rng.normal(0, 1e-5, (512, 300)) + 3e-6
-  for dtype in (jnp.float16, jnp.bfloat16, jnp.float32):
+  for dtype in (jnp.float16, jnp.bfloat16):
     delta = {'w': jnp.asarray(x, dtype)}
     wide = {'w': np.asarray(delta['w'], np.float64)}
     expected = inner_products(wide, ds, 'rademacher')
+    actual = jax.jit(lambda x: perturb.project(x, ds, tiled=True))(delta)
+    assert actual.dtype == jnp.float32
     scale = np.linalg.norm(wide['w']) * np.sqrt(x.size)
-    for tiled in (False, True):
-      actual = perturb.project(delta, ds, tiled=tiled)
-      assert actual.dtype == jnp.float32
-      error = np.max(np.abs(np.asarray(actual) - expected))
-      assert error < 2e-8 * scale
-
-
-def test_project_is_the_transpose_of_replay():
-  delta, ds = normals(), directions(3)
-  c = np.array([0.5, -2.0, 1.0], np.float32)
-  zeros = jax.tree.map(np.zeros_like, delta)
-  sums = jax.jit(perturb.replay)(zeros, ds, c)
-  left = sum(
-    np.sum(np.float64(delta[path]) * np.float64(sums[path])) for path in delta
-  )
-  right = np.dot(c, jax.jit(perturb.project)(delta, ds))
-  np.testing.assert_allclose(left, right, rtol=1e-5)
+    error = np.max(np.abs(np.asarray(actual) - expected))
+    assert error < 2e-8 * scale
 
 
 def test_many_clients_at_once():
-  shapes = {'a': (130, 8), 'b': (400,)}
+  shapes = {'a': (130, 5)}
   each = [normals(seed, shapes) for seed in range(3)]
   params = jax.tree.map(lambda *xs: np.stack(xs), *each)
   ds = np.stack([directions(4, seed) for seed in range(3)])
   c = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
-  for tiled in (False, True):
-    project = lambda x, d, tiled=tiled: perturb.project(x, d, tiled=tiled)
-    replay = lambda x, d, c, tiled=tiled: perturb.replay(x, d, c, tiled=tiled)
-    products = jax.jit(jax.vmap(project))(params, ds)
-    new = jax.jit(jax.vmap(replay))(params, ds, c)
-    for i, one in enumerate(each):
-      expected = inner_products(one, ds[i], 'rademacher')
-      np.testing.assert_allclose(products[i], expected, atol=1e-4)
-      alone = jax.jit(perturb.replay)(one, ds[i], c[i])
-      jax.tree.map(lambda a, b, i=i: assert_same_bits(a[i], b), new, alone)
+
+  def client(params, ds, c):
+    new = perturb.replay(params, ds, c, tiled=True)
+    return new, perturb.project(params, ds, tiled=True)
+
+  many, products = jax.jit(jax.vmap(client))(params, ds, c)
+  for i, one in enumerate(each):
+    expected = inner_products(one, ds[i], 'rademacher')
+    np.testing.assert_allclose(products[i], expected, atol=1e-4)
+    w = one['a']
+    for d, scale in zip(ds[i], c[i], strict=True):
+      w = reference.perturb(w, d, 'a', scale, 'rademacher')
+    assert_same_bits(many['a'][i], w)
 
 
 def test_a_sharded_tensor_is_not_gathered():
   # with several devices there are no tiles unless one asks for them
-  w, ds = normals(0, {'a': (512, 16)}), directions(3)
-  placed = lambda mesh: jax.device_put(
-    w, NamedSharding(mesh, PartitionSpec('r', 'c'))
-  )
+  w, ds = normals(0, {'a': (512, 8)}), directions(3)
+  devices = np.array(jax.devices()).reshape(4, 2)
+  sharding = NamedSharding(Mesh(devices, ('r', 'c')), PartitionSpec('r', 'c'))
+  placed = jax.device_put(w, sharding)
 
   def f(params, **kwargs):
     moved = perturb.replay(params, ds, np.ones(3, np.float32), **kwargs)
     return moved, perturb.project(params, ds, **kwargs)
 
-  expected, products = jax.jit(f)(w)
-  devices = np.array(jax.devices())
-  for rows, cols in [(8, 1), (2, 4)]:
-    arg = placed(Mesh(devices.reshape(rows, cols), ('r', 'c')))
-    compiled = jax.jit(f).lower(arg).compile()
-    text = compiled.as_text() or ''
-    assert 'all-gather' not in text
-    assert 'all-to-all' not in text
-    assert 'collective-permute' not in text
-    new, sums = compiled(arg)
+  compiled = jax.jit(f).lower(placed).compile()
+  text = compiled.as_text() or ''
+  assert 'all-gather' not in text
+  assert 'all-to-all' not in text
+  assert 'collective-permute' not in text
+  expected, products = jax.jit(lambda x: f(x, tiled=True))(w)
+  for run in (compiled, jax.jit(lambda x: f(x, tiled=True))):
+    new, sums = run(placed)
     jax.tree.map(assert_same_bits, new, expected)
     np.testing.assert_allclose(sums, products, atol=1e-4)
-    tiled, _ = jax.jit(lambda x: f(x, tiled=True))(arg)
-    jax.tree.map(assert_same_bits, tiled, expected)
 
 
-@pytest.mark.parametrize('platform', ['tpu', 'cuda', 'cpu'])
-@pytest.mark.parametrize('tiled', [False, True])
-def test_lowers_for_every_platform(platform, tiled):
-  params = normals(0, {'a': (130, 30), 'b': (3,)})
+@pytest.mark.parametrize('platform', ['tpu', 'cuda'])
+def test_lowers_for_accelerators(platform):
+  params = normals(0, {'a': (130, 30)})
   ds, c = jnp.asarray(directions(4)), jnp.zeros(4)
-  units = jax.tree.map(lambda w: np.zeros(4, np.int32), params)
-  exponents = {'a': 8, 'b': 8}
+  units, exponents = {'a': np.zeros(4, np.int32)}, {'a': 8}
 
   def lower(f, *args, **kwargs):
     names = ('distribution', 'tiled')
@@ -231,11 +214,11 @@ def test_lowers_for_every_platform(platform, tiled):
     traced.lower(lowering_platforms=(platform,))
 
   for name in ALL:
-    kwargs = {'distribution': name, 'tiled': tiled}
-    lower(perturb.project, params, ds, **kwargs)
-    lower(perturb.replay, params, ds, c, **kwargs)
-    if name in EXACT:
-      lower(perturb.replay_int, params, ds, units, exponents, **kwargs)
+    lower(perturb.project, params, ds, distribution=name, tiled=False)
+    lower(perturb.project, params, ds, distribution=name, tiled=True)
+  kwargs = {'distribution': 'rademacher', 'tiled': True}
+  lower(perturb.replay, params, ds, c, **kwargs)
+  lower(perturb.replay_int, params, ds, units, exponents, **kwargs)
 
 
 def test_errors_of_project_name_what_is_wrong():
