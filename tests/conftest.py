@@ -8,7 +8,12 @@ _FLAG = '--xla_force_host_platform_device_count=8'
 if _FLAG not in os.environ.get('XLA_FLAGS', ''):
   os.environ['XLA_FLAGS'] = f'{os.environ.get("XLA_FLAGS", "")} {_FLAG}'.strip()
 
+import hypothesis  # noqa: E402
 import jax  # noqa: E402
+
+# how long an example takes says more about the machine than about the code
+hypothesis.settings.register_profile('untimed', deadline=None)
+hypothesis.settings.load_profile('untimed')
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 # many tests build the same program anew: compile each of them once a session
