@@ -12,7 +12,7 @@ import optax
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxfl import digest, keys, log, methods, wire
+from jaxfl import digest, keys, log, methods, perturb, wire
 from jaxfl import method as method_lib
 from jaxfl.methods import fed_avg, spsa
 from jaxfl.runtime import mesh as mesh_lib
@@ -44,9 +44,9 @@ simulated = functools.cache(simulate.compile_method)
 
 
 def run(method, programs, num_rounds=3, *, params=PARAMS, **changes):
-  """Rounds of a small run; 4 slots, of which some stay empty."""
+  """Rounds of a small run; 5 slots, of which some stay empty."""
   settings = {
-    'num_clients': 6, 'participation_rate': 0.67, 'dropout_rate': 0.2,
+    'num_clients': 6, 'participation_rate': 0.84, 'dropout_rate': 0.2,
     'weights': (1, 2, 3, 4, 5, 6), 'block_size': 2, 'log': None,
     'batch_fn': table.batch_fn(method.num_batches),
   } | changes  # fmt: skip
@@ -120,11 +120,7 @@ def test_digests_are_those_of_the_simulator(num_devices):
       calls.append((round, client))
       return table.batch_fn(method.num_batches)(round, client)
 
-    rounds = run(
-      method, programs_of_name, batch_fn=batch_fn,
-      participation_rate=0.84,
-    )  # fmt: skip
-    runs[name] = facts(rounds)
+    runs[name] = facts(run(method, programs_of_name, batch_fn=batch_fn))
   assert runs['mesh'] == runs['simulator']
   assert len({r[0] for r in runs['mesh']}) == 3
   # left-over devices load nothing
@@ -147,8 +143,8 @@ def test_only_messages_cross(name):
   programs = mesh_lib.compile_method(method, mesh)
   state, local, batches, party = arguments(method, 16)
   like = method.message(state.params)
-  messages = jax.tree.map(lambda x: np.zeros((4, *x.shape), x.dtype), like)
-  cohort = jax.tree.map(lambda x: x[:4], party)
+  messages = jax.tree.map(lambda x: np.zeros((5, *x.shape), x.dtype), like)
+  cohort = jax.tree.map(lambda x: x[:5], party)
   programs = simulate.Programs(
     client=compiled(programs.client, state, local, batches, party),
     server=compiled(programs.server, state, messages, cohort),
@@ -274,13 +270,12 @@ def test_tensors_are_split_in_whole_groups_of_rows(shape, spec):
 WIDE = {
   'embed': np.linspace(-1, 1, 128 * 6).reshape(128, 6).astype(np.float32),
   'w': np.linspace(-1, 1, 6 * 10).reshape(6, 10).astype(np.float32),
-  'bias': np.zeros(3, np.float32),
 }
 
 
 def wide_loss(params, batch):
   rows = params['embed'][jnp.arange(16) * 8]
-  out = jnp.tanh(rows @ params['w']) + params['bias'][0]
+  out = jnp.tanh(rows @ params['w'])
   return jnp.mean(jnp.square(out - jnp.mean(batch['noise'])))
 
 
@@ -291,11 +286,11 @@ WIDE_SPSA = spsa.spsa(wide_loss, table.ROOT, learning_rate=0.05, mu=0.01)
 def wide_programs():
   """On 2 x 2 devices, compiled for the rounds of `run`."""
   programs = mesh_lib.compile_method(WIDE_SPSA, mesh_lib.make(2, 2))
-  args = arguments(WIDE_SPSA, 4, WIDE)
-  messages = np.zeros((4, 1), np.uint8)
+  state, _, _, cohort = arguments(WIDE_SPSA, 5, WIDE)
+  messages = np.zeros((5, 1), np.uint8)
   return programs._replace(
-    client=compiled(programs.client, *args),
-    server=compiled(programs.server, args[0], messages, args[3]),
+    client=compiled(programs.client, *arguments(WIDE_SPSA, 4, WIDE)),
+    server=compiled(programs.server, state, messages, cohort),
   )
 
 
@@ -310,13 +305,9 @@ def test_split_weights_stay_replicas(tmp_path):
   )
   with log.RoundLog.create(tmp_path / 'log', header) as live:
     end = run(method, wide_programs(), log=live, params=WIDE)[-1].state
-  for name, spec in (
-    ('embed', ('model',)),
-    ('w', (None, 'model')),
-    ('bias', ()),
-  ):
+  for name, spec in (('embed', ('model',)), ('w', (None, 'model'))):
     sharding = NamedSharding(mesh, PartitionSpec(*spec))
-    assert end.params[name].sharding.is_equivalent_to(sharding, WIDE[name].ndim)
+    assert end.params[name].sharding.is_equivalent_to(sharding, 2)
   # all copies of all parts
   for x in jax.tree.leaves(end):
     whole = np.asarray(x)
@@ -326,22 +317,36 @@ def test_split_weights_stay_replicas(tmp_path):
   with log.RoundLog.open(tmp_path / 'log') as read:
     *_, (_, again) = replay.replay(
       simulated(method).server, method.init(WIDE), read,
-      method.message(WIDE), num_slots=4,
+      method.message(WIDE), num_slots=5,
     )  # fmt: skip
   assert digest.digest(end) == digest.digest(again)
   assert digest.digest(end.params) != digest.digest(method.init(WIDE).params)
 
 
-def test_split_weights_need_no_communication_for_directions():
-  alone = mesh_lib.compile_method(WIDE_SPSA, mesh_lib.make(1, 2))
-  few = compiled(alone.client, *arguments(WIDE_SPSA, 2, WIDE))
+def test_split_weights_exchange_no_directions():
+  """Activations and losses within a client; is a weight out of its range?"""
   inside = collectives(wide_programs().client.jitted)
-  # within a client only, and nothing as large as a tensor
-  assert inside == collectives(few.jitted)
-  assert inside
-  assert max(size for _, size in inside) < WIDE['embed'].size
+  assert {dtype for dtype, _ in inside} == {'f32'}
   flags = collectives(wide_programs().server.jitted)
-  assert {dtype for dtype, _ in flags} == {'pred'}  # a weight left its range
+  assert {dtype for dtype, _ in flags} == {'pred'}
+
+
+@pytest.mark.parametrize(
+  ('shape', 'spec', 'silent'),
+  [
+    ((128, 6), ('model',), True),
+    ((7, 6), (None, 'model'), True),
+    ((64, 6), ('model',), False),  # half a group of rows each
+  ],
+)
+def test_directions_of_split_tensors_need_no_communication(shape, spec, silent):
+  mesh = mesh_lib.make(1, 2)
+  sharding = NamedSharding(mesh, PartitionSpec(*spec))
+  assert (mesh_lib.spec_of(shape, 2) == sharding.spec) is silent
+  add = jax.jit(perturb.perturb, out_shardings={'w': sharding})
+  params = {'w': jax.device_put(np.zeros(shape, np.float32), sharding)}
+  found = collectives(add.lower(params, table.ROOT, 0.5).compile())
+  assert (found == []) is silent
 
 
 def test_split_first_order_method_is_close():
