@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 
 from experiments import problem
@@ -100,8 +101,9 @@ def _client_optimizer(config: Config) -> optax.GradientTransformation:
   return optax.chain(optax.add_decayed_weights(config.weight_decay), sgd)
 
 
-def _server_optimizer(config: Config) -> optax.GradientTransformation:
-  server_lr = _filled(config.server_lr)
+def _server_optimizer(
+  config: Config, server_lr: optax.ScalarOrSchedule
+) -> optax.GradientTransformation:
   if config.server_optimizer == 'adam':
     if config.server_momentum:
       raise UsageError(
@@ -115,16 +117,19 @@ def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   return fed_avg.fed_avg(
     loss_fn,
     client_optimizer=_client_optimizer(config),
-    server_optimizer=_server_optimizer(config),
+    server_optimizer=_server_optimizer(config, _filled(config.server_lr)),
     local_steps=_filled(config.local_steps),
   )
 
 
 def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+  server_lr = _schedule(config, config.schedule, _filled(config.server_lr))
   if config.server_optimizer == 'sgd' and not config.server_momentum:
-    server: dict[str, Any] = {'server_lr': _filled(config.server_lr)}  # exact
+    server: dict[str, Any] = {'server_lr': server_lr}  # exact
   else:
-    server = {'server_optimizer': _server_optimizer(config)}
+    table = schedules.table(server_lr, config.num_rounds, 'server_lr')
+    at = lambda step: schedules.at(table, jnp.asarray(step))
+    server = {'server_optimizer': _server_optimizer(config, at)}
   return ferret.ferret(
     loss_fn,
     keys.root(config.seed),
@@ -158,7 +163,8 @@ _FED = frozenset(
   | {'client_optimizer', 'server_optimizer'}
 )
 _FERRET = _FED | {
-  'coordinates', 'allocation', 'codec', 'distribution', 'max_block_size'
+  'schedule', 'warmup_rounds', 'coordinates', 'allocation', 'codec',
+  'distribution', 'max_block_size',
 }  # fmt: skip
 
 METHODS = {
@@ -188,7 +194,7 @@ METHODS = {
   'ferret': Entry(
     _ferret,
     {
-      'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 0.1,
+      'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 0.4,
       'codec': 'sign1',
     },
     _FERRET,

@@ -111,7 +111,9 @@ class Config:
   num_rounds: int = _setting(60, 'Rounds.')
   batch_size: int = _setting(2, 'Examples in a minibatch.')
   learning_rate: float | None = _setting(None, 'Learning rate.')
-  schedule: str = _setting('constant', 'Of the learning rate.')
+  schedule: str = _setting(
+    'constant', "Of the learning rate; for ferret, of the server's."
+  )
   warmup_rounds: int = _setting(0, 'Rounds of linear warm-up.')
   weight_decay: float = _setting(0.0, 'Decoupled weight decay.')
   local_steps: int | None = _setting(
@@ -150,11 +152,11 @@ class Config:
     'sgd', 'Takes the mean of the clients as its gradient: sgd or adam.'
   )
   server_lr: float | None = _setting(
-    None, 'Learning rate of the server; fed_avg: 1, ferret: 0.5.'
+    None, 'Learning rate of the server; fed_avg: 1, ferret: 0.4.'
   )
   server_momentum: float = _setting(0.0, 'Momentum of a server with sgd.')
   # ferret
-  coordinates: int = _setting(1024, 'Coordinates of a message.')
+  coordinates: int = _setting(8192, 'Coordinates of a message.')
   allocation: str = _setting(
     'bytes', 'Of coordinates to blocks: bytes, compute or paper.'
   )
