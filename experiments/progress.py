@@ -51,19 +51,22 @@ def stop_on_signals() -> Iterator[Stop]:
 
 
 @contextlib.contextmanager
-def bar(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
+def bar(
+  total: int, done: int, unit: str = 'round'
+) -> Iterator[Callable[[int, str], None]]:
   """Shows rounds and the time left.
 
   Args:
     total: rounds of the run.
     done: rounds that it has behind it.
+    unit: what is counted, if not rounds.
 
   Yields:
     A function to call after every round, with the rounds done and a text to
     show beside them.
   """
   columns = (
-    rich_progress.TextColumn('round'),
+    rich_progress.TextColumn(unit),
     rich_progress.MofNCompleteColumn(),
     rich_progress.BarColumn(bar_width=None),
     rich_progress.TextColumn('{task.fields[text]}'),
@@ -84,6 +87,6 @@ def bar(total: int, done: int) -> Iterator[Callable[[int, str], None]]:
       now = time.monotonic()
       if not terminal and (now - last > 10 or round == total):
         last = now
-        print(f'round {round}/{total}  {text}'.rstrip(), file=sys.stderr)
+        print(f'{unit} {round}/{total}  {text}'.rstrip(), file=sys.stderr)
 
     yield advance
