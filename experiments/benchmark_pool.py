@@ -52,7 +52,7 @@ _OUT = flags.DEFINE_string(
   os.path.join(os.path.dirname(__file__), 'results', 'benchmark_pool.json'),
   'JSON file for the results.',
 )
-_REPEATS = flags.DEFINE_integer('repeats', 7, 'Repeats of every measurement.')
+_REPEATS = flags.DEFINE_integer('repeats', 5, 'Repeats of every measurement.')
 
 NUM_SEEDS = (64, 4096)
 LOOP_SEEDS = 8  # over which the loops are timed
