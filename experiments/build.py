@@ -291,6 +291,14 @@ def build_method(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   return method
 
 
+def check_params(method: method_lib.Method, params: jt.Params) -> None:
+  """Raises UsageError if the method can't train these parameters."""
+  try:
+    method.message(params)
+  except ValueError as error:
+    raise UsageError(str(error)) from error
+
+
 def build_population(
   config: Config, method: method_lib.Method, num_examples
 ) -> simulate.Population:

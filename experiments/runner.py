@@ -51,6 +51,7 @@ def run(
   with distributed.together(UsageError):
     method = build.build_method(config, build.no_loss)
     found = problem.build(config)
+    build.check_params(method, found.params)
     population = build.build_population(config, method, found.task.num_examples)
   with distributed.together(UsageError):
     if first:

@@ -277,7 +277,7 @@ def test_changed_data_are_refused(environment, tmp_path):
 @pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--method=spas'], "method must be one of spsa, fed_avg, fed_sgd; got 's"),
+    (['--method=spas'], 'method must be one of spsa, fedkseed'),
     (['--codec=zip'], 'codec must be one of log8'),
     (['--mu=0'], 'mu must be > 0, got 0.0'),
     (['--mu=nan'], 'mu must be finite'),
@@ -290,6 +290,14 @@ def test_changed_data_are_refused(environment, tmp_path):
     (['--seed=-1'], 'seed must be >= 0'),
     (['--method=fed_avg', '--codec=sign1'], 'codec does not apply to'),
     (['--method=fed_sgd', '--config.local_steps=3'], 'local_steps does not'),
+    (
+      ['--method=ferret', '--coordinates=9'],
+      'coordinates must be >= 54, one for every block, got 9',
+    ),
+    (
+      ['--method=ferret', '--server_optimizer=adam', '--server_momentum=0.5'],
+      'server_momentum does not apply to server_optimizer adam',
+    ),
     (['--model=nowhere.safetensors'], 'nowhere.safetensors'),
     (['--dataset=/nowhere'], '/nowhere'),
     (['--resume'], '--resume needs --workdir'),
