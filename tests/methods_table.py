@@ -131,11 +131,9 @@ CASES = {
     _fedkseed(learning_rate=_LINEAR, weight_decay=1e-3, num_rounds=100),
     True, 0.05,
   ),
-  'fedkseed-pro': Case(_fedkseed(pro=True), True, 0.02),
   'fedkseed-pro-weighted': Case(
     _fedkseed(pro=True, importance_weight=True, codec='float32'), True, 0.02
   ),
-  'decomfl': Case(_decomfl(), True, 0.02),
   'decomfl-one-sided': Case(
     _decomfl(sides='one_sided', mu=1e-3, codec='log8', weights='float32'),
     True, 0.02,
