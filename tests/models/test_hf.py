@@ -34,7 +34,8 @@ def test_logits_equal_transformers(name):
   want = at_real(data['logits'], data)
   got = at_real(logits(checkpoint(name), data), data)
   assert 0.1 < np.abs(want).max() < 3
-  np.testing.assert_allclose(got, want, rtol=0, atol=2e-6)
+  # sums are grouped by the number of threads: a few last bits of either side
+  np.testing.assert_allclose(got, want, rtol=0, atol=4e-6)
 
 
 def assert_same(a, b):
