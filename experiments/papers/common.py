@@ -253,6 +253,19 @@ def subplots(num_panels: int, title: str, *, sharey: bool = True):
   return figure, list(axes[0])
 
 
+def legend_below(figure: Any, axis: Any) -> None:
+  """The legend of one of the axes, below all of them."""
+  handles, labels = axis.get_legend_handles_labels()
+  figure.legend(
+    handles,
+    labels,
+    loc='outside lower center',
+    ncols=min(len(labels), 5),
+    frameon=False,
+    fontsize=8,
+  )
+
+
 def log_x(axis: Any) -> None:
   """A logarithmic axis with few labels, once everything is drawn."""
   from matplotlib import ticker

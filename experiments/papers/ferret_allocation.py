@@ -70,7 +70,7 @@ def spend(rule: Rule, norms, sizes, cost: np.ndarray, budget: float):
   amount = int(budget / cost.mean())
   counts = rule(norms, sizes, amount)
   for _ in range(6):
-    if (new := round(amount * budget / (counts @ cost))) == amount:
+    if (new := round(amount * budget / float(counts @ cost))) == amount:
       break
     amount = new
     counts = rule(norms, sizes, amount)

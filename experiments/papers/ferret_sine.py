@@ -204,5 +204,5 @@ def draw(found: common.Result):
     if key is not None:
       common.log_x(axis)
   axes[0].set_ylabel('sum of sin(w)^2, share of the start')
-  axes[0].legend(frameon=False, fontsize=7)
+  common.legend_below(figure, axes[0])
   return figure

@@ -141,5 +141,5 @@ def draw(found: common.Result):
     common.log_x(axis)
     axis.set_xlabel(meaning)
   axes[0].set_ylabel(f'held-out {found["metric"].replace("_", " ")}')
-  axes[1].legend(frameon=False, fontsize=7)
+  common.legend_below(figure, axes[1])
   return figure
