@@ -36,7 +36,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import allocation as allocation_lib
-from jaxfl import blocks, codecs, grid, keys, master, perturb, schedules
+from jaxfl import blocks, checks, codecs, grid, keys, master, perturb, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
@@ -100,8 +100,8 @@ def ferret(
     ValueError: naming the argument that is out of range; for `coordinates`
       fewer than blocks, as soon as the method sees the parameters.
   """
-  _one_of('allocation', allocation, allocation_lib.ALLOCATIONS)
-  _one_of('distribution', distribution, perturb.DISTRIBUTIONS)
+  checks.one_of('allocation', allocation, allocation_lib.ALLOCATIONS)
+  checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if local_steps < 1:
     raise ValueError(f'local_steps must be >= 1, got {local_steps}')
   if not 1 <= coordinates < 2**30:
@@ -293,10 +293,3 @@ def _add_floats(held, parts, counts, directions, coefficients, distribution):
   overflow = grid.out_of_range(params, exponents)
   overflow = jax.tree.map(jnp.logical_or, old, overflow)
   return master.Master(params, exponents, overflow)
-
-
-def _one_of(field, value, choices):
-  if value not in choices:
-    raise ValueError(
-      f'{field} must be one of {", ".join(choices)}, got {value!r}'
-    )
