@@ -84,7 +84,7 @@ def add_coordinates(
   sizes = (sizes + np.uint32((1 << shift) - 1)) >> np.uint32(shift)
   moved = jnp.zeros(coordinates.shape, jnp.uint32).at[indices].add(sizes)
   new = coordinates.at[indices].add(amounts)
-  left = (moved >= _LIMIT >> shift) | (jnp.abs(new) >= _LIMIT)
+  left = (moved > _LIMIT >> shift) | (jnp.abs(new) >= _LIMIT)
   return new, jnp.any(left)
 
 
