@@ -102,25 +102,25 @@ _LINEAR = lambda r: 0.06 * (1 - r / 100)
 
 CASES = {
   'spsa': Case(_spsa(), True, 0.02),
-  'spsa-stochastic': Case(_spsa(codec='log8_stochastic'), True, 0.02),
-  'spsa-linear8': Case(
-    _spsa(codec='linear8_stochastic', codec_scale=32.0), True, 0.02
-  ),
   'spsa-sign1': Case(
     _spsa(codec='sign1', codec_scale=1.0, learning_rate=0.08), True, 0.1
   ),
-  'spsa-float32-codec': Case(_spsa(codec='float32'), True, 0.02),
-  'spsa-one-sided': Case(_spsa(sides='one_sided', mu=1e-3), True, 0.02),
-  'spsa-sum': Case(
-    _spsa(scaling='sum', learning_rate=0.05 / 12), True, 0.02
+  'spsa-one-sided': Case(
+    _spsa(sides='one_sided', mu=1e-3, codec='log8_stochastic'), True, 0.02
   ),
-  'spsa-popcount16': Case(_spsa(distribution='popcount16'), True, 0.02),
+  'spsa-sum-popcount16': Case(
+    _spsa(
+      scaling='sum', learning_rate=0.05 / 12, distribution='popcount16',
+      codec='linear8_stochastic', codec_scale=32.0,
+    ),
+    True, 0.02,
+  ),
   'spsa-gaussian': Case(_spsa(distribution='gaussian'), False, 0.02),
   'spsa-schedule-decay': Case(
     _spsa(learning_rate=_LINEAR, weight_decay=1e-3, num_rounds=100), True, 0.05
   ),
   'spsa-float32-weights': Case(
-    _spsa(weights='float32', weight_decay=1e-3), True, 0.05
+    _spsa(weights='float32', weight_decay=1e-3, codec='float32'), True, 0.05
   ),
   'fedkseed': Case(_fedkseed(), True, 0.02),
   'fedkseed-sent': Case(
@@ -153,8 +153,7 @@ CASES = {
   'ferret-adam-server': Case(
     _ferret(server_optimizer=optax.adam(0.05), codec='bfloat16'), False, 0.02
   ),
-  'fed_avg': Case(_fed_avg(local_steps=2), False, 0.02),
-  'fed_avg-adam': Case(
+  'fed_avg': Case(
     _fed_avg(client_optimizer=optax.adam(0.02), local_steps=2), False, 0.02
   ),
   'fed_opt': Case(
