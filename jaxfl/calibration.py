@@ -20,9 +20,12 @@ References:
     https://arxiv.org/abs/2302.03884.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import NamedTuple
+
+from scipy import optimize
 
 from jaxfl import accounting, events, gdp
 
@@ -245,18 +248,19 @@ def _smallest(
   cost: Callable[[float], float], target: float, guess: float
 ) -> float:
   """The smallest noise, to 0.1 %, whose cost is at most the target."""
-  low = high = guess
-  while cost(high) > target:
-    low, high = high, high * 1.5
-  while low == high or cost(low) <= target:
-    low, high = low / 1.5, low
-  while high > low * 1.001:
-    middle = math.sqrt(low * high)
-    if cost(middle) > target:
-      low = middle
-    else:
-      high = middle
-  return high
+  excess = functools.cache(lambda log: cost(math.exp(log)) - target)
+  high = math.log(guess)
+  while excess(high) > 0:
+    high += 0.5
+  low = high - 0.5
+  while excess(low) <= 0:
+    low -= 0.5
+  found = optimize.root_scalar(
+    excess, bracket=(low, high), method='brentq', xtol=2e-4
+  ).root
+  while excess(found) > 0:
+    found += 2e-4
+  return math.exp(found)
 
 
 def _at_least(field: str, value: int | None, least: int) -> None:

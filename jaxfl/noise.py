@@ -104,7 +104,7 @@ class NoiseKey:
       raise ValueError(f'std must be finite and not negative, got {std}')
     count = math.prod(shape)
     words = self._words(count + count % 2, round, name).reshape(2, -1)
-    # Box-Muller; uniform numbers in (0, 1] and [0, 1) of 53 bits
+    # Box-Muller; uniform numbers in (0, 1] of 53 bits
     uniform = ((words >> np.uint64(11)) + 0.5) * 2.0**-53
     radius = np.sqrt(-2.0 * np.log(uniform[0]))
     angle = 2.0 * np.pi * uniform[1]
@@ -125,7 +125,9 @@ class NoiseKey:
     """Integers, int64, whose sums over parties are of the same family.
 
     The difference of two Poisson variables. Shares of variance v / P by P
-    parties add up to noise of variance v, of which no party knows the sum.
+    parties add up to variance v. Who knows some of the shares, such as its own,
+    sees the noise of the others only, and so does everybody if some are absent:
+    account for the variance that is left.
     """
     table = discrete.poisson_table(variance / 2.0)
     count = math.prod(shape)

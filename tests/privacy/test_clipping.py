@@ -1,4 +1,4 @@
-"""Clipped sums: against single examples, neighbours by brute force, rounding."""
+"""Clipped sums: single examples, neighbours by brute force, rounding."""
 
 import jax
 import jax.numpy as jnp
@@ -164,14 +164,18 @@ def test_neighbours_by_brute_force(kind):
   """The float32 sums themselves differ by at most twice the bound."""
   at, old = params(3), params(4)
   total = jax.jit(
-    lambda batch, c: privacy.clipped_sum(
-      linear, at, batch, clip_norm=c, microbatch_size=4
-    ).total
+    lambda batch, c: (
+      privacy.clipped_sum(
+        linear, at, batch, clip_norm=c, microbatch_size=4
+      ).total
+    )
   )
   difference = jax.jit(
-    lambda batch, c: privacy.clipped_difference_sum(
-      loss_fn, at, old, batch, clip_norm=c, microbatch_size=4
-    ).total
+    lambda batch, c: (
+      privacy.clipped_difference_sum(
+        loss_fn, at, old, batch, clip_norm=c, microbatch_size=4
+      ).total
+    )
   )
   rng = np.random.default_rng(0)
   worst = 0.0
