@@ -81,13 +81,16 @@ def check_target(
   epsilon_dp: float | None,
   delta_dp: float | None,
   num_examples: int | None = None,
-) -> None:
-  """Raises ValueError for a target that is none; names the field.
+) -> tuple[float, float]:
+  """The target, checked.
 
   Args:
     epsilon_dp: positive.
     delta_dp: in (0, 1), and below one over the number of examples.
     num_examples: that number, which is public; None skips its check.
+
+  Raises:
+    ValueError: for a target that is none; names the field.
   """
   if epsilon_dp is None or not 0 < epsilon_dp < math.inf:
     raise ValueError(
@@ -105,6 +108,7 @@ def check_target(
       f'delta_dp is {delta_dp}, one over {num_examples} examples or more: a'
       ' mechanism that publishes an example at random would satisfy it'
     )
+  return epsilon_dp, delta_dp
 
 
 def check_bound(field: str, value: float) -> None:
