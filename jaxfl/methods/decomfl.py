@@ -158,9 +158,9 @@ def decomfl(
     weight = jnp.where(jnp.isfinite(g), present, 0.0)
     part = jax.vmap(method_lib.fractions, in_axes=1, out_axes=1)(weight)
     terms = grid.shrink(jnp.where(weight > 0, g, 0.0), part)
-    order = jnp.argsort(jnp.asarray(cohort.id))
-    add = lambda total, i: (total + terms[i], None)
-    return jax.lax.scan(add, jnp.zeros(num_scalars), order)[0]
+    in_order = terms[jnp.argsort(jnp.asarray(cohort.id))]
+    add = lambda total, term: (total + term, None)
+    return jax.lax.scan(add, jnp.zeros(num_scalars), in_order)[0]
 
   def follow(state, down):
     held = master.Master(state.params, state.exponents, state.overflow)

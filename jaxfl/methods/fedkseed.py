@@ -153,7 +153,7 @@ def fedkseed(
       base_scale=jnp.int32(pool.ONE),
       coordinates=jnp.zeros(num_seeds, jnp.int32),
       out_of_range=jnp.zeros((), bool),
-      changed=jnp.full(num_seeds, -1),
+      changed=jnp.full(num_seeds, -1, jnp.int32),
       levels=jnp.zeros(num_seeds, jnp.uint8) if pro else (),
       history=_no_history(num_seeds) if pro else (),
       round=jnp.int32(0),
