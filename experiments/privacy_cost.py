@@ -10,6 +10,7 @@ from rich.table import Table
 from experiments.config import UsageError
 from experiments.papers import common
 from jaxfl import accounting, calibration, checks, discrete, events
+from jaxfl import plan as plan_lib
 
 MECHANISMS = ('gaussian', *events.LAWS)
 _DIFF2 = ('restart_interval', 'budget_share', 'local_steps')
@@ -60,7 +61,7 @@ class Run(NamedTuple):
 
   Attributes:
     rounds: events of every round.
-    adjacency: of `calibration.ADJACENCIES`.
+    adjacency: of `plan_lib.ADJACENCIES`.
     lines: what is printed about it.
   """
 
@@ -163,7 +164,7 @@ def make(settings: Settings) -> dict[str, Any]:
   lines = {
     'target': f'epsilon {epsilon:g} at delta {delta:g}',
     'unit': 'one example of one client',
-    'adjacency': calibration.ADJACENCIES[run.adjacency],
+    'adjacency': plan_lib.ADJACENCIES[run.adjacency],
     **run.lines,
   }
   if gaussian:

@@ -14,7 +14,7 @@ from jaxfl import events
 
 ROOT = pathlib.Path(__file__).parents[2]
 TARGET = {'epsilon_dp': 3.0, 'delta_dp': 1e-5, 'num_rounds': 40}
-LOCAL = {'local_steps': 3, 'num_clients': 10, 'sampling_rate': 0.05}
+LOCAL = {'local_steps': 3, 'num_clients': 10, 'sampling_rate': 0.2}
 
 
 def settings(**change):
@@ -27,7 +27,7 @@ def settings(**change):
     ({}, ['Gaussian'], ['gdp', 'pld', 'rdp']),
     ({'restart_interval': 10}, ['Gaussian'] * 2, ['gdp', 'pld', 'rdp']),
     (
-      LOCAL | {'restart_interval': 10, 'local_share': 0.05},
+      LOCAL | {'restart_interval': 10, 'local_share': 0.2},
       ['Gaussian', 'PoissonGaussian', 'Gaussian'],
       ['pld', 'rdp'],
     ),
