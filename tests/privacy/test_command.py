@@ -68,6 +68,7 @@ def test_a_run_spends_its_target(change, kinds, accountants, monkeypatch):
     ({'num_rounds': None}, 'num_rounds must be >= 1, got None'),
     ({'mechanism': 'skellam', 'num_rounds': 0}, 'num_rounds must be >= 1'),
     ({'budget_share': 1.0}, 'budget_share must be in (0, 1)'),
+    ({'local_steps': 0}, 'local_steps must be >= 1, got 0'),
     ({'local_steps': 3}, 'num_clients must be >= 1, got None'),
     (LOCAL | {'sampling_rate': None}, 'sampling_rate must be in (0, 1)'),
     ({'sampling_rate': 0.1}, 'sampling_rate does not apply to mechanism'),
