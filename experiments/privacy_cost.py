@@ -10,6 +10,7 @@ from rich.table import Table
 from experiments.config import UsageError
 from experiments.papers import common
 from jaxfl import accounting, calibration, checks, discrete, events
+from jaxfl import plan as plan_lib
 
 MECHANISMS = ('gaussian', *events.LAWS)
 _DIFF2 = ('restart_interval', 'budget_share', 'local_steps')
@@ -60,7 +61,7 @@ class Run(NamedTuple):
 
   Attributes:
     rounds: events of every round.
-    adjacency: of `calibration.ADJACENCIES`.
+    adjacency: of `plan.ADJACENCIES`.
     lines: what is printed about it.
   """
 
@@ -82,10 +83,10 @@ def _integers(epsilon: float, delta: float, settings: Settings) -> Run:
     count=rounds * scalars,
   )
   each = events.IntegerNoise(law, event.scale, event.sensitivity, scalars)
-  std = event.scale if law == 'discrete_gaussian' else math.sqrt(event.scale)
-  pmf = (discrete.gaussian_pmf if std == event.scale else discrete.skellam_pmf)(
-    event.scale
-  )
+  if law == 'discrete_gaussian':
+    std, pmf = event.scale, discrete.gaussian_pmf(event.scale)
+  else:
+    std, pmf = math.sqrt(event.scale), discrete.skellam_pmf(event.scale)
   width = discrete.bits_needed(0, pmf)
   lines = {
     'mechanism': f'{law.replace("_", " ")} noise, {scalars} integers a round',
@@ -139,6 +140,8 @@ def make(settings: Settings) -> dict[str, Any]:
   )
   checks.one_of('mechanism', settings.mechanism, MECHANISMS)
   gaussian = settings.mechanism == 'gaussian'
+  if settings.local_steps < 1:
+    raise UsageError(f'local_steps must be >= 1, got {settings.local_steps}')
   local = gaussian and settings.local_steps > 1
   unused = (_INTEGERS if gaussian else _DIFF2) + (() if local else _LOCAL)
   for name in unused:
@@ -163,7 +166,7 @@ def make(settings: Settings) -> dict[str, Any]:
   lines = {
     'target': f'epsilon {epsilon:g} at delta {delta:g}',
     'unit': 'one example of one client',
-    'adjacency': calibration.ADJACENCIES[run.adjacency],
+    'adjacency': plan_lib.ADJACENCIES[run.adjacency],
     **run.lines,
   }
   if gaussian:

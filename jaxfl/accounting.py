@@ -87,11 +87,9 @@ def spent(
   checks.one_of('accountant', accountant, ACCOUNTANTS)
   if delta is None or not 0 < delta < 1:
     raise ValueError(f'delta_dp must be in (0, 1), got {delta}')
-  after = range(len(rounds) + 1) if after is None else after
-  if list(after) != sorted(after) or not 0 <= after[-1] <= len(rounds):
-    raise ValueError(
-      f'after must ascend in [0, {len(rounds)}], got {list(after)}'
-    )
+  after = list(range(len(rounds) + 1) if after is None else after)
+  if after != sorted(after) or not set(after) <= set(range(len(rounds) + 1)):
+    raise ValueError(f'after must ascend in [0, {len(rounds)}], got {after}')
   compute = {'gdp': _gdp, 'pld': _pld, 'rdp': _rdp}[accountant]
   counts: dict[Event, int] = {}
   found, done = [], 0

@@ -11,9 +11,6 @@ With a restart in every round it is DP-GD. The local routine also releases
 `local_steps - 1` differences of the minibatches of one client a round, in turn;
 they have noise z3, relative to the bound of one example, and no closed form.
 
-All of it is fixed before the run: multipliers, intervals or rounds that depend
-on what was released need other accounting.
-
 References:
   Murata and Suzuki, "DIFF2: differential private optimization via gradient
     differences for nonconvex distributed learning", ICML 2023,
@@ -23,58 +20,11 @@ References:
 import functools
 import math
 from collections.abc import Callable
-from typing import NamedTuple
 
 from scipy import optimize
 
 from jaxfl import accounting, events, gdp
-
-ADJACENCIES = {
-  'replace': 'one example is replaced by another',
-  'drop': 'one example is replaced by one that adds zero',
-}
-
-
-class Plan(NamedTuple):
-  """What DIFF2 releases, and under which noise; DP-GD if all rounds restart.
-
-  Attributes:
-    num_rounds: R.
-    restart_interval: T >= 1; rounds 0, T, 2T ... release the gradient.
-    noise_multiplier: z1, over the sensitivity of the gradient.
-    noise_multiplier_diff: z2, over that of the difference; 0 if there is none.
-    local_steps: K; 1 without the local routine.
-    num_clients: P, whose turns it is.
-    sampling_rate: of the local minibatches.
-    noise_multiplier_local: z3, over the bound of one example.
-  """
-
-  num_rounds: int
-  restart_interval: int
-  noise_multiplier: float
-  noise_multiplier_diff: float
-  local_steps: int = 1
-  num_clients: int = 1
-  sampling_rate: float = 0.0
-  noise_multiplier_local: float = 0.0
-
-  @property
-  def adjacency(self) -> str:
-    """What the multipliers are relative to: a key of `ADJACENCIES`."""
-    return 'replace' if self.local_steps == 1 else 'drop'
-
-  def rounds(self) -> list[events.Round]:
-    """The events of every round, for an example of the client of round 0."""
-    local = events.PoissonGaussian(
-      self.noise_multiplier_local, self.sampling_rate, self.local_steps - 1
-    )
-    found = []
-    for r in range(self.num_rounds):
-      full = r % self.restart_interval == 0
-      z = self.noise_multiplier if full else self.noise_multiplier_diff
-      turn = self.local_steps > 1 and r % self.num_clients == 0
-      found.append((events.Gaussian(z), *([local] if turn else [])))
-    return found
+from jaxfl.plan import Plan
 
 
 def check_target(

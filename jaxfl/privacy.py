@@ -185,7 +185,8 @@ def clipped_difference_sum(
     old_params: likewise.
     examples: pytree of arrays with leading axis N.
     mask: bool[N] or None.
-    clip_norm: float32[], see `clip`; 0 gives exact zeros.
+    clip_norm: float32[], see `clip`; 0 gives exact zeros. Noise is relative to
+      this number, as float32 has it.
     microbatch_size: pairs of gradients that are held at once.
 
   Returns:

@@ -11,6 +11,7 @@ from dp_accounting.pld import privacy_loss_distribution as pld_lib
 from scipy import stats
 
 from jaxfl import accounting, calibration, discrete, events, gdp
+from jaxfl import plan as plan_lib
 
 DELTA = 1e-5
 
@@ -50,7 +51,7 @@ def test_accountants_agree_with_the_closed_form():
 
 def test_the_relation_of_dp_accounting_matters():
   """z1 = 20, z2 = 60, R = 2000, T = 20: exact 3.787."""
-  plan = calibration.Plan(2000, 20, 20.0, 60.0)
+  plan = plan_lib.Plan(2000, 20, 20.0, 60.0)
   for accountant, expected in (('gdp', 3.787), ('pld', 3.787), ('rdp', 4.095)):
     found = accounting.epsilon(plan.rounds(), DELTA, accountant)
     assert found == pytest.approx(expected, abs=6e-4)
@@ -67,7 +68,7 @@ def test_the_relation_of_dp_accounting_matters():
 
 def test_the_local_routine():
   """z = (20, 60, 1.5), R = 400, T = 20, P = 10, K = 8, q = 64 / 1651."""
-  plan = calibration.Plan(400, 20, 20.0, 60.0, 8, 10, 64 / 1651, 1.5)
+  plan = plan_lib.Plan(400, 20, 20.0, 60.0, 8, 10, 64 / 1651, 1.5)
   assert set(events.merged(plan.rounds())) == {
     events.Gaussian(20.0, 20),
     events.Gaussian(60.0, 380),
@@ -205,7 +206,7 @@ def test_what_is_spent_grows_to_the_target():
 
 
 def test_events_as_json():
-  rounds = calibration.Plan(40, 20, 2.0, 6.0, 4, 10, 0.1, 1.5).rounds()
+  rounds = plan_lib.Plan(40, 20, 2.0, 6.0, 4, 10, 0.1, 1.5).rounds()
   rounds.append((events.IntegerNoise('skellam', 9.0, 2, 3),))
   found = json.loads(json.dumps(events.as_dicts(rounds)))
   assert events.from_dicts(found) == events.merged(rounds)

@@ -2,13 +2,15 @@
 
 import math
 
+import numpy as np
 import pytest
 
 from jaxfl import accounting, calibration, events, gdp
+from jaxfl import plan as plan_lib
 
 DELTA = 1e-5
 DIFF2 = {'num_rounds': 100, 'restart_interval': 10}
-LOCAL = DIFF2 | {'local_steps': 4, 'num_clients': 10, 'sampling_rate': 0.05}
+LOCAL = DIFF2 | {'local_steps': 4, 'num_clients': 10, 'sampling_rate': 0.2}
 
 
 @pytest.mark.parametrize('epsilon', [0.1, 3.0, 8.0])
@@ -38,11 +40,11 @@ def test_diff2_spends_its_target(epsilon, restart_interval):
 
 
 def test_the_local_routine_spends_its_target():
-  plan = calibration.diff2_local(3.0, DELTA, **LOCAL, local_share=0.3)
+  plan = calibration.diff2_local(3.0, DELTA, **LOCAL, local_share=0.1)
   found = accounting.epsilon(plan.rounds(), DELTA)
   assert 2.98 < found <= 3.0
   global_only = plan._replace(local_steps=1)
-  mu = gdp.mu_of(3.0, DELTA) * math.sqrt(0.7)
+  mu = gdp.mu_of(3.0, DELTA) * math.sqrt(0.9)
   assert accounting.epsilon(global_only.rounds(), DELTA, 'gdp') == (
     pytest.approx(gdp.epsilon_of(mu, DELTA))
   )
@@ -117,8 +119,40 @@ def test_bounds_that_bound_nothing():
       calibration.check_bound('clip_norm_diff', value)
 
 
-def test_counts_of_integers_are_checked():
-  for change in ({'sensitivity': 0}, {'count': 0}):
-    arguments = {'law': 'skellam', 'sensitivity': 1, 'count': 1} | change
-    with pytest.raises(ValueError, match=f'{next(iter(change))} must be >= 1'):
-      calibration.integer_noise(3.0, DELTA, **arguments)
+@pytest.mark.parametrize(
+  ('sensitivity', 'count', 'field'), [(0, 1, 'sensitivity'), (1, 0, 'count')]
+)
+def test_counts_of_integers_are_checked(sensitivity, count, field):
+  with pytest.raises(ValueError, match=f'{field} must be >= 1'):
+    calibration.integer_noise(
+      3.0, DELTA, law='skellam', sensitivity=sensitivity, count=count
+    )
+
+
+@pytest.mark.parametrize('local_steps', [1, 2])
+def test_noise_of_differences_grows_as_predicted(local_steps):
+  """Without gradients, v is moved by nothing but noise relative to its step."""
+  plan = plan_lib.Plan(100, 10, 5.0, 50.0, local_steps, 1, 0.1, 1.0)
+  eta, clip, size, examples, runs = 0.5, 2.0, 40, 1000, 4000
+  found = plan_lib.noise_growth(
+    plan,
+    learning_rate=eta,
+    clip_norm_diff=clip,
+    num_params=size,
+    num_examples=examples,
+  )
+  sensitivity = (2 if plan.adjacency == 'replace' else 1) / examples
+  rng = np.random.default_rng(0)
+  v = np.ones((runs, size))
+  for _ in range(plan.restart_interval):
+    bound = clip * eta * np.linalg.norm(v, axis=1, keepdims=True)
+    std = plan.noise_multiplier_diff * sensitivity * bound
+    v = v + std * rng.standard_normal(v.shape)
+  grown = np.square(v).sum(1).mean() / size
+  rho2 = found / plan.restart_interval
+  assert rho2 == pytest.approx(0.4 if local_steps == 1 else 0.1)
+  assert grown == pytest.approx((1 + rho2) ** plan.restart_interval, rel=0.1)
+  dp_gd = calibration.diff2(3.0, DELTA, num_rounds=10)
+  assert not plan_lib.noise_growth(
+    dp_gd, learning_rate=1.0, clip_norm_diff=1.0, num_params=9, num_examples=1
+  )

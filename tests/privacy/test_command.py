@@ -14,7 +14,7 @@ from jaxfl import events
 
 ROOT = pathlib.Path(__file__).parents[2]
 TARGET = {'epsilon_dp': 3.0, 'delta_dp': 1e-5, 'num_rounds': 40}
-LOCAL = {'local_steps': 3, 'num_clients': 10, 'sampling_rate': 0.05}
+LOCAL = {'local_steps': 3, 'num_clients': 10, 'sampling_rate': 0.2}
 
 
 def settings(**change):
@@ -27,7 +27,7 @@ def settings(**change):
     ({}, ['Gaussian'], ['gdp', 'pld', 'rdp']),
     ({'restart_interval': 10}, ['Gaussian'] * 2, ['gdp', 'pld', 'rdp']),
     (
-      LOCAL | {'restart_interval': 10, 'local_share': 0.05},
+      LOCAL | {'restart_interval': 10, 'local_share': 0.2},
       ['Gaussian', 'PoissonGaussian', 'Gaussian'],
       ['pld', 'rdp'],
     ),
@@ -68,6 +68,7 @@ def test_a_run_spends_its_target(change, kinds, accountants, monkeypatch):
     ({'num_rounds': None}, 'num_rounds must be >= 1, got None'),
     ({'mechanism': 'skellam', 'num_rounds': 0}, 'num_rounds must be >= 1'),
     ({'budget_share': 1.0}, 'budget_share must be in (0, 1)'),
+    ({'local_steps': 0}, 'local_steps must be >= 1, got 0'),
     ({'local_steps': 3}, 'num_clients must be >= 1, got None'),
     (LOCAL | {'sampling_rate': None}, 'sampling_rate must be in (0, 1)'),
     ({'sampling_rate': 0.1}, 'sampling_rate does not apply to mechanism'),

@@ -117,19 +117,27 @@ def test_units_add_up_exactly_whatever_the_order():
 
 
 @pytest.mark.parametrize(
-  ('levels', 'divisor', 'expected'), [(64, 128, 1), (127, 100, 3), (8, 2, 8)]
+  ('levels', 'divisor', 'expected'),
+  [(64, 128, 1), (127, 100, 3), (8, 2, 8), (6144, 4096, 3)],
 )
 def test_neighbours_move_a_code_by_its_sensitivity(levels, divisor, expected):
-  """All codes of all sums near a rounding step, for the same rounding."""
+  """Under the rounding that is the worst for them."""
   assert discrete.sensitivity(levels, divisor) == expected
   assert discrete.sensitivity(8, 1) == 16
   assert discrete.sensitivity(levels, divisor, replace=False) == max(
     1, math.ceil(levels / divisor)
   )
   most = 2**discrete.UNIT_BITS
+  largest = (divisor - 2) * most
   rng = np.random.default_rng(0)
-  units = rng.integers(-divisor * most, (divisor - 2) * most + 1, 20_000)
-  uniform = keys.uniform(keys.fold(keys.root(0), np.arange(20_000)))
+  random = rng.integers(-divisor * most, largest + 1, 50_000)
+  # where the steps of float32 become larger, between an example's two sums
+  steps = 2.0 ** np.arange(1, 13)[:, None] / (levels / (divisor * most))
+  between = (steps - rng.integers(2 * most, size=(1, 5000))).astype(int)
+  units = np.concatenate([random, between[between <= largest]])
+  scale = levels / (divisor * most) * discrete.code_scale(divisor)
+  x = units.astype(np.float32) * np.float32(scale)
+  uniform = x - np.floor(x)  # the smallest that does not round up
   code = lambda units: np.asarray(
     discrete.encode(
       jnp.asarray(units, jnp.int32), uniform, levels=levels, divisor=divisor

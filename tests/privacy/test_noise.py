@@ -75,7 +75,7 @@ def test_the_same_noise_is_never_drawn_twice():
   key.gaussian((2,), 1.0, round=0, name='b')
   for draw in (
     lambda: key.gaussian((2,), 1.0, round=0, name='a'),
-    lambda: key.gaussian((9,), 2.0, round=np.int32(1), name='a'),
+    lambda: key.gaussian((9,), 2.0, round=np.int32(1), name='a'),  # pyright: ignore[reportArgumentType]
     lambda: key.discrete_gaussian((2,), 1.0, round=0, name='b'),
     lambda: key.bernoulli((2,), 0.5, round=0, name='b'),
   ):
@@ -134,9 +134,9 @@ def test_other_arguments_are_checked():
 def test_a_noise_key_is_no_shared_key():
   key = make()
   for use in (
-    lambda: keys.fold(key, 1),
-    lambda: keys.stream(key, 'x'),
-    lambda: keys.uniform(key),
+    lambda: keys.fold(key, 1),  # pyright: ignore[reportArgumentType]
+    lambda: keys.stream(key, 'x'),  # pyright: ignore[reportArgumentType]
+    lambda: keys.uniform(key),  # pyright: ignore[reportArgumentType]
     lambda: jnp.asarray(key),
     lambda: np.asarray(key),
     lambda: jax.jit(lambda x: x)(key),
