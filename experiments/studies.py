@@ -121,6 +121,10 @@ _MNIST = {
 }
 # rounds and steps of about 2,400 steps in all
 _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
+# the default task, where every client has a package of its own
+_TEXT_POOL = {'method': 'fedkseed', 'num_rounds': 30, 'eval_every': 5}
+# 480 steps in all
+_TEXT_STEPS = {4: 120, 16: 30, 64: 8}
 
 STUDIES = {
   'default': Study(
@@ -204,6 +208,25 @@ STUDIES = {
     },
     ('accuracy', 'loss'),
   ),
+  'fedkseed_text': Study(
+    'FedKSeed by pool and local steps; the embedded model on Python source',
+    {
+      f'K = {k}, 16 local steps': _TEXT_POOL | {'num_seeds': k}
+      for k in (64, 512, 4096)
+    }
+    | {
+      f'K = 4096, {steps} local steps': _TEXT_POOL
+      | {
+        'local_steps': steps,
+        'num_rounds': rounds,
+        'eval_every': max(1, rounds // 6),
+      }
+      for steps, rounds in _TEXT_STEPS.items()
+      if steps != 16
+    },
+    ('bits_per_byte', 'accuracy'),
+    needs=(),
+  ),
   'ferret_coordinates': Study(
     'Ferret by the coordinates of a message; SST-2 features, Dirichlet(0.5)',
     {
@@ -238,6 +261,21 @@ STUDIES = {
       'FedAvg': _FIRST_ORDER | {'method': 'fed_avg'},
     },
     ('accuracy', 'loss'),
+    log_x=True,
+  ),
+  'methods_text': Study(
+    'All methods; the embedded model on Python source, 8 clients',
+    {
+      'SPSA': {},
+      'FedKSeed': _TEXT_POOL | {'num_rounds': 60},
+      'FedKSeed-Pro': _TEXT_POOL
+      | {'method': 'fedkseed_pro', 'num_rounds': 60},
+      'DeComFL': {'method': 'decomfl'},
+      'Ferret': {'method': 'ferret', 'num_rounds': 40, 'eval_every': 2},
+      'FedAvg': {'config': 'experiments/configs/fed_avg.py'},
+    },
+    ('bits_per_byte', 'accuracy'),
+    needs=(),
     log_x=True,
   ),
   'decomfl_mnist': Study(

@@ -10,6 +10,7 @@ if _FLAG not in os.environ.get('XLA_FLAGS', ''):
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import pytest  # noqa: E402
 
 # how long an example takes says more about the machine than about the code
 hypothesis.settings.register_profile('untimed', deadline=None)
@@ -21,3 +22,18 @@ _CACHE = tempfile.TemporaryDirectory(prefix='jaxfl-tests-')
 jax.config.update('jax_compilation_cache_dir', _CACHE.name)
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+  """The tests of a file run in one process: they share what is compiled."""
+  for item in items:
+    if item.get_closest_marker('xdist_group') is None:
+      item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _no_programs_of_other_modules():
+  """Programs take gigabytes otherwise; the cache on disk has them still."""
+  yield
+  jax.clear_caches()

@@ -284,7 +284,7 @@ def test_settings_that_nothing_reads_are_refused(labelled):
     )
   config = make(
     dataset=labelled, objective='accuracy', method='fed_avg',
-    num_perturbations=16,
+    num_perturbations=None,
   )  # fmt: skip
   with pytest.raises(UsageError, match='has no gradient'):
     build.build_method(config, build.no_loss)
