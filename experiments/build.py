@@ -186,7 +186,7 @@ METHODS = {
   'decomfl': Entry(
     _decomfl,
     {
-      'learning_rate': 2e-3, 'local_steps': 1, 'num_perturbations': 16,
+      'learning_rate': 8e-3, 'local_steps': 1, 'num_perturbations': 16,
       'codec': 'log8',
     },
     _DECOMFL,
@@ -194,7 +194,7 @@ METHODS = {
   'ferret': Entry(
     _ferret,
     {
-      'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 0.4,
+      'learning_rate': 0.3, 'local_steps': 8, 'server_lr': 0.1,
       'codec': 'sign1',
     },
     _FERRET,

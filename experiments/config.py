@@ -152,7 +152,7 @@ class Config:
     'sgd', 'Takes the mean of the clients as its gradient: sgd or adam.'
   )
   server_lr: float | None = _setting(
-    None, 'Learning rate of the server; fed_avg: 1, ferret: 0.4.'
+    None, 'Learning rate of the server; fed_avg: 1, ferret: 0.1.'
   )
   server_momentum: float = _setting(0.0, 'Momentum of a server with sgd.')
   # ferret

@@ -123,6 +123,7 @@ _MNIST = {
 _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 # the default task, where every client has a package of its own
 _TEXT_POOL = {'method': 'fedkseed', 'num_rounds': 30, 'eval_every': 5}
+_TEXT_FERRET = {'method': 'ferret', 'num_rounds': 20, 'eval_every': 2}
 # 480 steps in all
 _TEXT_STEPS = {4: 120, 16: 30, 64: 8}
 
@@ -266,12 +267,13 @@ STUDIES = {
   'methods_text': Study(
     'All methods; the embedded model on Python source, 8 clients',
     {
-      'SPSA': {},
-      'FedKSeed': _TEXT_POOL | {'num_rounds': 60},
-      'FedKSeed-Pro': _TEXT_POOL
-      | {'method': 'fedkseed_pro', 'num_rounds': 60},
-      'DeComFL': {'method': 'decomfl'},
-      'Ferret': {'method': 'ferret', 'num_rounds': 40, 'eval_every': 2},
+      'SPSA': {'num_rounds': 30},
+      'FedKSeed': _TEXT_POOL,
+      'FedKSeed-Pro': _TEXT_POOL | {'method': 'fedkseed_pro'},
+      'DeComFL': {'method': 'decomfl', 'num_rounds': 30},
+      'Ferret, K = 8192': _TEXT_FERRET,
+      'Ferret, K = 32768': _TEXT_FERRET
+      | {'coordinates': 32768, 'server_lr': 0.25},
       'FedAvg': {'config': 'experiments/configs/fed_avg.py'},
     },
     ('bits_per_byte', 'accuracy'),
@@ -286,8 +288,8 @@ STUDIES = {
         'method': 'decomfl',
         'num_perturbations': 20,
         'mu': 1e-3,
-        'learning_rate': 2e-3,
-        'num_rounds': 60,
+        'learning_rate': 0.02,
+        'num_rounds': 120,
       },
       'FedAvg': _MNIST
       | {
