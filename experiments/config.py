@@ -15,7 +15,7 @@ from jaxfl import (
   perturb,
   schedules,
 )
-from jaxfl.methods import spsa
+from jaxfl.methods import diff2, spsa
 
 
 class UsageError(Exception):
@@ -163,6 +163,31 @@ class Config:
   max_block_size: int = _setting(
     1 << 14, 'Entries of a block; larger tensors are cut.'
   )
+  # private: dp_gd, diff2
+  epsilon_dp: float | None = _setting(
+    None, 'Privacy budget of the whole run, at delta_dp.'
+  )
+  delta_dp: float | None = _setting(
+    None, 'Below one over the number of examples.'
+  )
+  privacy_unit: str = _setting(
+    'record', 'What is protected: a record or a client, replaced by another.'
+  )
+  clip_norm: float = _setting(1.0, "Bound of an example's gradient.")
+  clip_norm_diff: float = _setting(
+    1.0, 'Bound of a difference of gradients, over the length of the step.'
+  )
+  restart_interval: int = _setting(
+    20, 'Rounds from one whole gradient to the next; the rest are differences.'
+  )
+  budget_share: float = _setting(0.5, 'Of the budget, for whole gradients.')
+  microbatch_size: int = _setting(64, 'Gradients that a client holds at once.')
+  allow_unstable: bool = _setting(
+    False, 'Run although the noise of differences grows without end.'
+  )
+  research_float_noise: bool = _setting(
+    False, 'Float noise, which only resembles the mechanism; there is no other.'
+  )
   # the run
   seed: int = _setting(0, 'Seed of the run, 64 bits.')
   eval_every: int = _setting(5, 'Rounds between evaluations.')
@@ -195,6 +220,7 @@ _CHOICES = {
   'server_optimizer': ('sgd', 'adam'),
   'partition': ('iid', 'dirichlet', 'label', 'column'),
   'objective': objectives.OBJECTIVES,
+  'privacy_unit': diff2.UNITS,
 }
 _POSITIVE = (
     'num_clients', 'num_rounds', 'batch_size', 'sequence_length',
@@ -202,6 +228,7 @@ _POSITIVE = (
     'server_lr', 'eval_every', 'snapshot_every', 'block_size', 'lora_rank',
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
     'max_new_tokens', 'num_seeds', 'coordinates', 'max_block_size',
+    'clip_norm', 'clip_norm_diff', 'restart_interval', 'microbatch_size',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',

@@ -68,7 +68,7 @@ def diff2(
   learning_rate: float | jt.Schedule,
   clip_norm: float,
   clip_norm_diff: float = 1.0,
-  num_examples: Sequence[int],
+  num_examples: Sequence[int] | np.ndarray | None,
   unit: str = 'record',
   microbatch_size: int = 64,
   allow_unstable: bool = False,
@@ -82,7 +82,8 @@ def diff2(
     learning_rate: a number or a function of the round.
     clip_norm: C1, of the gradient of an example.
     clip_norm_diff: C2, of a difference, over the length of the step.
-    num_examples: of every client, which is public.
+    num_examples: of every client, which is public; None for a replica that
+      has none of them and follows releases.
     unit: what the guarantee is for, `record` or `client`.
     microbatch_size: gradients that a client holds at once.
     allow_unstable: run although the noise of differences grows without end, see
@@ -122,7 +123,8 @@ def diff2(
       'research_float_noise must be set: the noise of a vector is made of'
       ' floats, whose gaps can tell neighbouring values apart'
     )
-  sizes = np.array(num_examples, np.int64)
+  # without clients, one that nobody asks for
+  sizes = np.array([1] if num_examples is None else num_examples, np.int64)
   if not sizes.size or sizes.min() < 1:
     raise ValueError('num_examples: every client needs one example at least')
   lr_table = schedules.table(learning_rate, plan.num_rounds, 'learning_rate')
@@ -131,7 +133,7 @@ def diff2(
   interval = plan.restart_interval
 
   def check(params):
-    if interval == 1 or allow_unstable:
+    if interval == 1 or allow_unstable or num_examples is None:
       return
     growth = plan_lib.noise_growth(
       plan,
@@ -304,7 +306,7 @@ def exact_norm(tree: Any) -> jax.Array:
   _, exponent = jnp.frexp(largest)  # largest < 2**exponent
   exponent = jnp.clip(exponent, -100, 100)
   zero = np.uint32(0)
-  high, low = zero, zero
+  high = low = jnp.uint32(0)
   for x in leaves:
     units = jnp.rint(jnp.abs(x) * grid.power_of_two(11 - exponent))
     squares = jnp.square(units.astype(jnp.uint32))  # at most 2**22

@@ -230,11 +230,10 @@ def simulate(
 
   Raises:
     FloatingPointError: when `method.check` reports an error.
-    ValueError: if the weights of a cohort may add up to more than the method
-      can divide exactly, a client's batches lack the leading axis, or those of
-      a block can't be stacked.
+    ValueError: for a population that `check_population` refuses, if a client's
+      batches lack the leading axis, or those of a block can't be stacked.
   """
-  check_weights(method, population)
+  check_population(method, population)
   if block_size < 1:
     raise ValueError(f'block_size must be >= 1, got {block_size}')
   checked = lambda round, client: _check_batches(
@@ -333,8 +332,30 @@ def _check_batches(method, batches, client):
   return batches
 
 
-def check_weights(method: method_lib.Method, population: Population) -> None:
-  """Raises ValueError if a cohort may weigh more than the method can divide."""
+def check_population(method: method_lib.Method, population: Population) -> None:
+  """Checks that a method can run with a population.
+
+  Raises:
+    ValueError: if a cohort may weigh more than the method can divide; if there
+      is a release, which is a mean over all clients, and some may be absent or
+      weigh more than others; or several processes, each with its own noise.
+  """
+  if method.release is not None:
+    if population.num_slots < population.num_clients or population.dropout_rate:
+      raise ValueError(
+        'participation_rate must be 1 and dropout_rate 0 for a private method:'
+        ' what it releases is a mean over all clients'
+      )
+    if population.weights is not None:
+      raise ValueError(
+        'weighting must be uniform for a private method: what it releases is'
+        ' an even mean over clients'
+      )
+    if jax.process_count() > 1:
+      raise ValueError(
+        'a private method runs in one process: there is one aggregator, and'
+        ' nobody else may know its noise'
+      )
   weights = population.weights or (1,) * population.num_clients
   total = sum(sorted(weights)[-population.num_slots :])
   if total > method.weight_limit:
