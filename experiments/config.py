@@ -118,7 +118,8 @@ class Config:
   weight_decay: float = _setting(0.0, 'Decoupled weight decay.')
   local_steps: int | None = _setting(
     None,
-    'Steps of a client in a round; fed_avg: 8, fedkseed: 16, decomfl: 1.',
+    'Steps of a client in a round; fed_avg and ferret: 8, fedkseed: 16,'
+    ' decomfl: 1.',
   )
   # zeroth order: spsa, fedkseed, fedkseed_pro, decomfl
   num_perturbations: int | None = _setting(

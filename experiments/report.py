@@ -93,3 +93,15 @@ def curve(rows: list[metrics.Row], metric: str, path: pathlib.Path) -> None:
   figure.suptitle(f'{first.method} on {first.task}, seed {first.seed}')
   figure.savefig(path, dpi=120)
   plt.close(figure)
+
+
+def log_x(axis: Any) -> None:
+  """A logarithmic axis with few labels, once everything is drawn."""
+  from matplotlib import ticker
+
+  axis.set_xscale('log')
+  low, high = axis.get_xlim()
+  subs = (1.0, 3.0) if high / low < 2000 else (1.0,)
+  axis.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
+  axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=' '))
+  axis.xaxis.set_minor_formatter(ticker.NullFormatter())

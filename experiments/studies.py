@@ -232,7 +232,7 @@ STUDIES = {
     'Ferret by the coordinates of a message; SST-2 features, Dirichlet(0.5)',
     {
       f'K = {k}': _FERRET | {'coordinates': k, 'server_lr': lr}
-      # not above K / (K + d / C), with 770 entries and 8 clients
+      # about K / (K + d / C) or below, with 770 entries and 8 clients
       for k, lr in ((16, 0.15), (64, 0.3), (256, 0.3), (1024, 0.3))
     },
     ('accuracy', 'loss'),
@@ -288,7 +288,7 @@ STUDIES = {
         'method': 'decomfl',
         'num_perturbations': 20,
         'mu': 1e-3,
-        'learning_rate': 0.02,
+        'learning_rate': 6e-3,
         'num_rounds': 120,
       },
       'FedAvg': _MNIST

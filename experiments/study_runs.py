@@ -19,7 +19,7 @@ import jax
 from rich.console import Console
 from rich.table import Table
 
-from experiments import studies
+from experiments import report, studies
 from experiments.config import UsageError
 from experiments.workdir import Workdir, check_same, read_config
 from jaxfl import metrics
@@ -212,7 +212,7 @@ def draw(result: dict[str, Any], path: pathlib.Path) -> None:
         )
     axis.set_xlabel(name.replace('_', ' '))
     if result['log_x']:
-      axis.set_xscale('log')
+      report.log_x(axis)
     axis.grid(alpha=0.3)
   axes[0][0].set_ylabel(f'held-out {result["metric"].replace("_", " ")}')
   axes[0][0].legend(frameon=False, fontsize=8)

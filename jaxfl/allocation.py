@@ -61,7 +61,8 @@ def counts(norms: jax.Array, factors: np.ndarray, total: int) -> jax.Array:
   """Splits `total` coordinates in proportion to `norms * factors`.
 
   Every block whose norm is not zero gets one, and its share of the rest; shares
-  are rounded so that no running sum of them is off by one or more.
+  are rounded so that no running sum of them is off by one or more. Norms that
+  are not allowed, as of a client that diverged, count as zero.
 
   Args:
     norms: float32[L] of 8 significant bits, in [0, `LARGEST`].
@@ -72,7 +73,7 @@ def counts(norms: jax.Array, factors: np.ndarray, total: int) -> jax.Array:
     int32[L]. The sum is `total`; if nothing but blocks with a factor of zero
     has a norm, it is their number.
   """
-  used = norms >= SMALLEST
+  used = (norms >= SMALLEST) & (norms <= LARGEST)
   norms = jnp.where(used, norms, 0.0)
   _, exponent = jnp.frexp(jnp.max(norms))
   bits = min(24, 30 - (len(factors) - 1).bit_length())

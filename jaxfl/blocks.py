@@ -13,6 +13,7 @@ results and ignored in arguments. Counts may be traced: one program serves all
 of them.
 
   * `partition`: the blocks of a pytree.
+  * `norms`: those of a difference, by block.
   * `project`: the inner products of a difference with its blocks' directions.
   * `reconstruct`: the transpose of it, summed over parties.
   * `add_units`: the same on grid weights (`jaxfl.grid`), as exact integers.
@@ -89,6 +90,35 @@ def _cuts(length, limit, unit):
   parts = -(-total // limit)
   edges = [min(length, i * total // parts * unit) for i in range(parts + 1)]
   return [(a, b - a) for a, b in itertools.pairwise(edges)]
+
+
+def norms(delta: jt.Params, blocks: tuple[Block, ...]) -> jax.Array:
+  """The Euclidean norms of the blocks.
+
+  Args:
+    delta: pytree of floating-point arrays.
+    blocks: from `partition` of a pytree of the same paths and shapes.
+
+  Returns:
+    float32[L], summed in float32 over rows and then over columns.
+
+  Raises:
+    ValueError: if a block is wrong.
+    TypeError: if `delta` is not floating-point (the path is named).
+  """
+  leaves = checks.named_arrays(delta)
+  first = np.arange(len(blocks))
+  spans = np.stack([first, first + 1], axis=1)  # one slot each
+  squares = jnp.zeros(len(blocks), jnp.float32)
+  for path, mine in _by_tensor(blocks, leaves).items():
+    x = _view(leaves[path])
+
+    def visit(squares, tile, x=x):
+      part = jnp.square(tile.read(x).astype(jnp.float32))
+      return squares.at[tile.span[0]].add(jnp.sum(jnp.sum(part, axis=0)))
+
+    squares = tiles.fold(visit, squares, _plan(blocks, mine, spans))
+  return jnp.sqrt(squares)
 
 
 def project(

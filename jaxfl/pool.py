@@ -7,7 +7,8 @@ Coordinates are integers in units of 2**-q, q finer than the grid of every
 tensor by `_FINER` bits, so that their sums have no order. A tensor takes each
 coordinate rounded to its own grid, to nearest. The weights are then a function
 of the coordinates alone: a rebuild in one pass from the base, and the sequence
-of all steps since, give the same bits.
+of all steps since, give the same bits. (A sum in one pass can leave int32 where
+the steps one by one don't; that is reported, never silent.)
 """
 
 import jax
@@ -77,12 +78,14 @@ def add_coordinates(
   Returns:
     int32[K], and bool[]: a coordinate left its range (the sum is meaningless).
   """
-  # a sum that saturates far from 2**32 is associative, so has no order either
+  # by how much each may have moved at most, in units so large that it fits
+  shift = max(1, len(amounts).bit_length() - 1)
   sizes = jnp.minimum(jnp.abs(amounts).astype(jnp.uint32), _LIMIT)
-  add = lambda x, y: jnp.minimum(x + y, np.uint32(_LIMIT))
-  moved = jax.lax.reduce(sizes, np.uint32(0), add, (0,))
+  sizes = (sizes + np.uint32((1 << shift) - 1)) >> np.uint32(shift)
+  moved = jnp.zeros(coordinates.shape, jnp.uint32).at[indices].add(sizes)
   new = coordinates.at[indices].add(amounts)
-  return new, (moved >= _LIMIT) | jnp.any(jnp.abs(new) >= _LIMIT)
+  left = (moved > _LIMIT >> shift) | (jnp.abs(new) >= _LIMIT)
+  return new, jnp.any(left)
 
 
 def step(

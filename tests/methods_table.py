@@ -138,7 +138,7 @@ CASES = {
     _decomfl(sides='one_sided', mu=1e-3, codec='log8', weights='float32'),
     True, 0.02,
   ),
-  'decomfl-schedule': Case(
+  'decomfl': Case(
     _decomfl(learning_rate=_LINEAR, num_rounds=100), True, 0.02
   ),
   'ferret': Case(_ferret(server_lr=0.5), True, 0.02),

@@ -59,6 +59,13 @@ def test_blocks_without_a_norm_get_nothing():
   np.testing.assert_array_equal(counts(norms * 0, factors, 7), [0] * 5)
 
 
+@pytest.mark.parametrize('norm', [np.inf, np.nan, 1e38, -1.0])
+def test_norms_that_are_not_allowed_count_as_zero(norm):
+  norms = np.array([norm, 1.0, norm, 3.0, 0.0], np.float32)
+  found = counts(norms, np.ones(5, np.float32), 8)
+  np.testing.assert_array_equal(found, [0, 2, 0, 6, 0])
+
+
 def test_a_sign_reconstructs_a_scalar_so_that_one_is_enough():
   factors = allocation.factors('bytes', [1, 2, 5], 'rademacher')
   np.testing.assert_array_equal(factors, [0, 0.5, 1])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl import blocks, perturb
+from jaxfl import blocks, keys, perturb
 from jaxfl.blocks import Block
 from tests import reference
 
@@ -120,6 +120,20 @@ def test_slots():
   block, k = blocks.slots(jnp.array([2, 0, 3]), 7)
   np.testing.assert_array_equal(block, [0, 0, 2, 2, 2, 3, 3])
   np.testing.assert_array_equal(k[:5], [0, 1, 0, 1, 2])
+
+
+def test_norms_are_those_of_the_blocks():
+  delta = normals()
+  cut = blocks.partition(delta, max_size=MAX_SIZE)
+  found = jax.jit(blocks.norms, static_argnames='blocks')(delta, cut)
+  leaves = dict(keys.named_leaves(delta))
+  wanted = []
+  for block in cut:
+    (r, c), (h, w) = block.offset, block.shape
+    x = leaves[block.path]
+    x = x.reshape(-1, x.shape[-1] if x.ndim > 1 else x.size)
+    wanted.append(np.linalg.norm(x[r : r + h, c : c + w].astype(float)))
+  np.testing.assert_allclose(found, wanted, rtol=1e-6)
 
 
 @pytest.mark.parametrize('distribution', ALL)

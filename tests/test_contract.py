@@ -29,7 +29,7 @@ FEW = pytest.mark.parametrize(
   'name',
   [
     pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in ('spsa', 'fedkseed', 'decomfl-schedule', 'ferret', 'fed_avg')
+    for name in ('spsa', 'fedkseed', 'decomfl', 'ferret', 'fed_avg')
   ],
 )
 

@@ -89,6 +89,10 @@ def test_coordinates_out_of_range_are_seen():
   # a sum that comes back into the range after it wrapped
   many = jnp.full(4, 2**30, jnp.int32)
   assert pool.add_coordinates(at, jnp.array([1, 1, 1, 1]), many)[1]
+  # many that move far, each of them within its range
+  new, left = pool.add_coordinates(at, jnp.arange(4), many // 2)
+  assert not left
+  np.testing.assert_array_equal(new, many // 2)
   method = build()
   state = method.init(table.params())._replace(out_of_range=jnp.array(True))
   assert 'coordinate' in method.check(state)
@@ -292,6 +296,7 @@ def test_communication_of_the_paper_and_ours():
     ({'importance_weight': True}, 'importance_weight'),
     ({'mu': 0.0}, 'mu must be > 0'),
     ({'weight_decay': 5.0}, 'half of the weights'),
+    ({'weight_decay': -1.0}, 'weight_decay must be >= 0'),
     ({'codec': 'none'}, 'codec must be one of'),
     ({'learning_rate': lambda r: 0.1}, 'num_rounds'),
   ],

@@ -262,6 +262,18 @@ def test_a_message_out_of_range_is_as_good_as_absent(norm):
   assert digest.digest(found) == digest.digest(expected)
 
 
+def test_a_client_that_diverged_is_as_good_as_absent():
+  method, state, *_ = small()
+  cohort = cohort_of([3, 8])
+  far = jax.tree.map(lambda x: np.float32(1e25) * x, normals(seed=2))
+  messages = messages_of(method, state, [normals(seed=1), far], cohort)
+  server = jax.jit(method.server)
+  absent = cohort._replace(weight=np.array([1, 0], np.float32))
+  assert digest.digest(server(state, messages, cohort)) == digest.digest(
+    server(state, messages, absent)
+  )
+
+
 def test_a_step_out_of_range_is_reported():
   method, state, cohort, _, messages = small()
   norms = messages['norms'].copy()

@@ -266,18 +266,6 @@ def legend_below(figure: Any, axis: Any) -> None:
   )
 
 
-def log_x(axis: Any) -> None:
-  """A logarithmic axis with few labels, once everything is drawn."""
-  from matplotlib import ticker
-
-  axis.set_xscale('log')
-  low, high = axis.get_xlim()
-  subs = (1.0, 3.0) if high / low < 2000 else (1.0,)
-  axis.xaxis.set_major_locator(ticker.LogLocator(subs=subs))
-  axis.xaxis.set_major_formatter(ticker.EngFormatter(sep=' '))
-  axis.xaxis.set_minor_formatter(ticker.NullFormatter())
-
-
 def band(
   axis: Any,
   x: Sequence[float],

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import report
 from experiments.papers import common
 from jaxfl import grid, keys, master, perturb, pool
 
@@ -180,7 +181,7 @@ def draw(found: common.Result):
       common.band(axis, list(values), runs, name, marker='o')
     else:
       axis.plot([], [], ' ', label=f'{name}: 0')
-  common.log_x(axis)
+  report.log_x(axis)
   axis.set_yscale('log')
   axis.set_xlabel('standard deviation of the coordinates A')
   axis.set_ylabel('error of the update, % of its norm')

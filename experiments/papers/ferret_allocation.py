@@ -149,9 +149,9 @@ def run(
         f'{case}, equal {equal}: {name}',
         [r['error'] for r in runs],
         published='not found' if name == 'paper' else '-',
-        bytes=4 * mean('coordinates'),
         seconds=mean('seconds'),
         more={
+          'coordinates': round(mean('coordinates')),
           'predicted': mean('predicted'),
           'above best': f'{round(np.mean(ratios) - 1, 3) + 0.0:+.1%}',
           'work': f'{mean("work"):.2e}',
@@ -173,7 +173,7 @@ def run(
     },
     notes=[
       'predicted: sum_l (d_l - 1) / K_l |delta_l|^2. above best: predicted,'
-      ' beside the rule that is optimal there. bytes: of float32 coordinates.'
+      ' beside the rule that is optimal there.'
       ' work: sum_l K_l d_l. seconds: of CPU, with compilation.',
       'paper is the rule of the reference code, at the K for which its total is'
       ' the same; equal compute is that of the rule compute at'

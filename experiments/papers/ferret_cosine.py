@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import report
 from experiments.papers import common
 from jaxfl import blocks, keys, perturb
 
@@ -213,7 +214,7 @@ def draw(found: common.Result):
     )
   right.axhline(1 / 3, color='0.5', ls=':', lw=1, label='1/3')
   for axis in (left, right):
-    common.log_x(axis)
+    report.log_x(axis)
     axis.set_xlabel('coordinates K')
     axis.legend(frameon=False, fontsize=8)
   left.set_yscale('log')

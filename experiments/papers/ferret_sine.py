@@ -11,6 +11,7 @@ from collections.abc import Callable
 import numpy as np
 import optax
 
+from experiments import report
 from experiments.papers import common, sine
 from experiments.papers.sine import Data, Problem
 from jaxfl import method as method_lib
@@ -202,7 +203,7 @@ def draw(found: common.Result):
     axis.set_xlabel(label)
     axis.set_yscale('log')
     if key is not None:
-      common.log_x(axis)
+      report.log_x(axis)
   axes[0].set_ylabel('sum of sin(w)^2, share of the start')
   common.legend_below(figure, axes[0])
   return figure

@@ -138,7 +138,7 @@ def draw(found: common.Result):
     axis.axhline(start, color='0.6', ls='--', lw=1, label='start')
     amount = found['budgets'][budget]['amount']
     axis.axvline(amount, color='0.4', ls=':', lw=1, label='common budget')
-    common.log_x(axis)
+    report.log_x(axis)
     axis.set_xlabel(meaning)
   axes[0].set_ylabel(f'held-out {found["metric"].replace("_", " ")}')
   common.legend_below(figure, axes[1])

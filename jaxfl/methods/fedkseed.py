@@ -109,7 +109,9 @@ def fedkseed(
     pro: FedKSeed-Pro.
     importance_weight: weigh the steps of Pro by 1 / (K p_k).
     distribution: of the directions, 'rademacher' or 'popcount16'.
-    weight_decay: decoupled; multiplied by the learning rate, in every step.
+    weight_decay: decoupled; multiplied by the learning rate, in every step. A
+      replica then keeps its base and rebuilds from it in every round, which is
+      one pass over all directions.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
     num_rounds: length of the schedules; needed with functions of the round.
 
@@ -368,8 +370,11 @@ def _lost(lr_table, weight_decay, local_steps) -> np.ndarray:
   """1 - (1 - lr wd)**j for j = 0 .. local_steps, float32[R, local_steps + 1].
 
   Raises:
-    ValueError: if a round would lose half of the weights or more.
+    ValueError: if the decay is negative, or a round would lose half of the
+      weights or more.
   """
+  if not weight_decay >= 0:
+    raise ValueError(f'weight_decay must be >= 0, got {weight_decay}')
   if not weight_decay:
     return np.zeros((1, local_steps + 1), np.float32)
   rows = []
@@ -421,7 +426,8 @@ def _remember(history, ids, indices, g, accepted):
 def _levels(sums, counts):
   """255 times the mean amplitude, scaled to [0, 1] over the pool, uint8[K]."""
   ones = jnp.ones_like(counts)
-  mean = sums * method_lib.quotients(ones, counts + 1)  # and the first zero
+  # and the first zero; no product that a compiler may join with the difference
+  mean = grid.shrink(sums, method_lib.quotients(ones, counts + 1))
   above = mean - mean.min()
   # middles between levels; products only, so that no device differs
   middles = (np.arange(_LEVELS - 1) + 0.5) / (_LEVELS - 1)

@@ -21,7 +21,8 @@ constant.) With the kurtosis kappa of the entries, the error is exactly
 smallest for signs (kappa = 1), and cos(rec_l, delta_l) is about
 sqrt(K_l / (K_l + d_l)). A step of the server is therefore mostly noise if K is
 much below d / C, with C clients; the step that shortens the way to delta most
-is K / (K + d / C) of it: choose `server_lr` by that, not near 1.
+is K / (K + d / C) of it: choose `server_lr` by that, not near 1. Of coordinates
+of one bit, as many as pi / 2 count as one.
 
 No basis is ever stored: memory is that of the parameters and coordinates.
 Directions are fresh for every round and client, and the parts of a direction in
@@ -81,7 +82,8 @@ def ferret(
     server_lr: a number or a function of the round; steps are sums of integers
       on grid weights, exact in any order (but not for `gaussian`).
     server_optimizer: in place of `server_lr`: takes the mean reconstruction as
-      its gradient. Float arithmetic: equal bits for the same program only.
+      its gradient. Float arithmetic: equal bits for the same program only. Its
+      steps are the rounds in which somebody contributed.
     allocation: of coordinates to blocks, one of `allocation.ALLOCATIONS`.
     codec: of coordinates in units of their block's norm, see `codecs.codec`.
       `sign1` has the smallest error at equal bytes, at the price of more
@@ -149,7 +151,7 @@ def ferret(
     delta = jax.tree.map(jnp.subtract, state.params, params)
 
     parts, factors = layout(delta)
-    sent = _norms(delta, parts).astype(jnp.bfloat16)
+    sent = blocks.norms(delta, parts).astype(jnp.bfloat16)
     norms = sent.astype(jnp.float32)
     counts = allocation_lib.counts(norms, factors, coordinates)
     products = blocks.project(
@@ -237,20 +239,6 @@ def ferret(
     projected_grads=coordinates,
     check=lambda state: master.check(state.overflow),
   )
-
-
-def _norms(delta, parts) -> jax.Array:
-  """The Euclidean norms of the blocks, float32[L]."""
-  leaves = dict(keys.named_leaves(delta))
-
-  def norm(block):
-    x = leaves[block.path]
-    (row, col), (rows, cols) = block.offset, block.shape
-    x = x.reshape(-1, x.shape[-1] if x.ndim else 1)
-    x = x[row : row + rows, col : col + cols].astype(jnp.float32)
-    return jnp.sqrt(jnp.sum(jnp.sum(jnp.square(x), axis=0)))
-
-  return jnp.stack([norm(block) for block in parts])
 
 
 def _per_slot(values, counts, num_slots) -> jax.Array:
