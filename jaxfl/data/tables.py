@@ -108,15 +108,16 @@ def load_csv(
       cell that is no number or no label.
   """
   cells = read_csv(path)
+  answers = column(cells, target)
+  groups = {group: column(cells, group)} if group else {}
   header = list(cells.columns)
   names = [name for name in header if name not in (target, group)]
   if not names:
     raise ValueError(
       f'{cells.path} has no columns for features; it has {header}'
     )
-  advice = 'leave the column out of the file, or make it numbers'
+  advice = 'leave the column out, or divide by it with --partition_column'
   x = np.stack([numbers(cells, name, advice) for name in names], axis=1)
-  groups = {group: column(cells, group)} if group else {}
   if not label_names:
     y = numbers(cells, target, 'name classes with --label_names')
     if np.ptp(y) == 0:
@@ -128,7 +129,7 @@ def load_csv(
       f' {tuple(label_names)}'
     )
   rows = labels.encode(
-    [{'label': cell} for cell in column(cells, target)],
+    [{'label': cell} for cell in answers],
     label_names,
     f'{cells.path}, column {target!r}',
   )

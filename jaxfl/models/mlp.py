@@ -14,6 +14,8 @@ References:
     https://arxiv.org/abs/2302.03884.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -41,19 +43,19 @@ def init(
       'num_features, hidden_units and num_outputs must be positive, got'
       f' {sizes}'
     )
-  first, second = jax.random.split(key)
-  return {
-    'hidden': _layer(first, num_features, hidden_units),
-    'out': _layer(second, hidden_units, num_outputs),
-  }
+  return _init(key, num_features, hidden_units, num_outputs)
 
 
-def _layer(key, fan_in, fan_out):
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
+def _init(key, num_features, hidden_units, num_outputs):
+  def layer(key, fan_in, fan_out):
+    drawn = initializers.uniform(fan_in)(key, (fan_in + 1, fan_out))
+    return {'kernel': drawn[:-1], 'bias': drawn[-1]}
+
   first, second = jax.random.split(key)
-  draw = initializers.uniform(fan_in)
   return {
-    'kernel': draw(first, (fan_in, fan_out)),
-    'bias': draw(second, (fan_out,)),
+    'hidden': layer(first, num_features, hidden_units),
+    'out': layer(second, hidden_units, num_outputs),
   }
 
 
