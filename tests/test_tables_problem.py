@@ -1,12 +1,14 @@
 """Tables of numbers as data of the launchers."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
 
 from experiments import build, problem, replay, runner
 from experiments.config import UsageError, from_mapping
-from jaxfl import digest
+from jaxfl import digest, privacy
 from tests.data import test_tables
 
 CITIES = ('Aa', 'Bb', 'Cc')
@@ -80,7 +82,7 @@ def test_the_problem_of_classes(kinds):
   share = (found.task.eval_batches['label'] == 0).mean()
   np.testing.assert_allclose(found.evaluate(zeros)['accuracy'], share)
   batch = jax.tree.map(lambda x: x[0], found.task.batches(0, 0, 0, 1, 8))
-  loss = found.loss_fn((), zeros, batch)
+  loss = jax.jit(found.loss_fn)((), zeros, batch)
   np.testing.assert_allclose(loss, (batch['label'] == 1).mean())
 
 
@@ -102,6 +104,27 @@ def test_the_problem_of_numbers(numbers):
     assert len(values) == 48
     assert (values.max(0) == high).all()
     assert (values.min(0) == low).all()
+
+
+def test_private_methods_get_every_example_once(numbers):
+  """Padding adds nothing, and one gradient for each is n times their mean."""
+  found = problem.build(by_city(numbers))
+  loss_fn = lambda params, batch: found.loss_fn(found.frozen, params, batch)
+  assert found.task.whole is not None
+  examples = found.task.whole(2)  # the smallest client
+  mask = examples['example_weight']
+  assert 0 < mask.sum() < len(mask)
+  mean = jax.jit(jax.grad(loss_fn))(found.params, examples)
+  bare = {k: v for k, v in examples.items() if k != 'example_weight'}
+  clip = functools.partial(
+    privacy.clipped_sum, loss_fn, clip_norm=1e3, microbatch_size=8
+  )
+  clipped = jax.jit(clip)(found.params, bare, mask)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y * mask.sum(), rtol=1e-4),
+    clipped.total,
+    mean,
+  )
 
 
 def test_seeds_start_apart_but_hold_out_the_same(numbers):
