@@ -17,12 +17,12 @@ out a fifth.
 ranges below are constants: features go to [-1, 1], targets to [0, 1], values
 beyond are clipped. `_HOUSING` comes from what the numbers mean: the borders of
 California, the codes of the census of 1990 (house values above $500,000 are
-coded as 500,001, incomes end at 15, ages at 52), and for ratios and the
-population, which have no bound, round numbers that few districts exceed.
-Humidity is a percentage. **For all others the only source is the files
+coded as 500,001, incomes end at 15, ages at 52). Humidity is a percentage, an
+hour of a post one of 72. **For all others the only source is the files
 themselves**: their extremes or orders of magnitude, rounded outwards or to
-powers of ten. Who has such data alone would have to agree on numbers without
-looking; these are public since long.
+powers of ten, and for population and ratios of households round numbers that
+few districts exceed. These files are public; for a private table such numbers
+have to be agreed on without looking.
 
 Housing has the features of scikit-learn's copy: income, age, rooms, bedrooms
 and persons per household, population, latitude, longitude. The 207 districts
@@ -55,33 +55,27 @@ import numpy as np
 from jaxfl.data import files, tables
 
 # lowest and highest value of every feature, and highest of the target
-_HOUSING = np.array(
-  [
-    (0, 15),  # median income, 10,000 dollars
-    (0, 52),  # median age of houses, years
-    (0, 10),  # rooms per household
-    (0, 2),  # bedrooms per household
-    (0, 5000),  # population of the district
-    (0, 6),  # persons per household
-    (32, 42),  # latitude
-    (-125, -114),  # longitude
-  ],
-  np.float64,
+_HOUSING = (
+  (0, 15),  # median income, 10,000 dollars
+  (0, 52),  # median age of houses, years
+  (0, 10),  # rooms per household
+  (0, 2),  # bedrooms per household
+  (0, 5000),  # population of the district
+  (0, 6),  # persons per household
+  (32, 42),  # latitude
+  (-125, -114),  # longitude
 )
 _HOUSING_TARGET = 500_001  # dollars
-_TURBINE = np.array(
-  [
-    (-10, 40),  # ambient temperature, Celsius
-    (980, 1040),  # ambient pressure, mbar
-    (0, 100),  # ambient humidity, per cent
-    (2, 8),  # air filter difference pressure, mbar
-    (15, 45),  # exhaust pressure, mbar
-    (1000, 1110),  # inlet temperature, Celsius
-    (510, 555),  # after temperature, Celsius
-    (100, 180),  # energy yield, MWh; copies of the file swap it and the next
-    (9, 16),  # compressor discharge pressure, mbar
-  ],
-  np.float64,
+_TURBINE = (
+  (-10, 40),  # ambient temperature, Celsius
+  (980, 1040),  # ambient pressure, mbar
+  (0, 100),  # ambient humidity, per cent
+  (2, 8),  # air filter difference pressure, mbar
+  (15, 45),  # exhaust pressure, mbar
+  (1000, 1110),  # inlet temperature, Celsius
+  (510, 555),  # after temperature, Celsius
+  (100, 180),  # energy yield, MWh; copies of the file swap it and the next
+  (9, 16),  # compressor discharge pressure, mbar
 )
 _TURBINE_TARGET = 45  # mg of CO per cubic metre
 # magnitudes of a sensor's eight features: change, relative change, and moving
@@ -112,7 +106,7 @@ class Known(NamedTuple):
 
 
 def _linear(ranges):
-  low, high = ranges.T
+  low, high = np.array(ranges, np.float64).T
   return lambda x: 2 * (np.clip(x, low, high) - low) / (high - low) - 1
 
 
@@ -132,16 +126,15 @@ def _housing(folder):
   beds = tuple(b or h for b, h in zip(beds, homes, strict=True))
   cells.columns['total_bedrooms'] = beds
   get = lambda name: tables.numbers(cells, name)
-  households = np.maximum(get('households'), 1)
-  population = get('population')
+  households, people = np.maximum(get('households'), 1), get('population')
   x = np.stack(
     [
       get('median_income'),
       get('housing_median_age'),
       get('total_rooms') / households,
       get('total_bedrooms') / households,
-      population,
-      population / households,
+      people,
+      people / households,
       get('latitude'),
       get('longitude'),
     ],
@@ -163,10 +156,7 @@ def _turbine(folder):
       _missing(folder, f'gas_turbine_2011_2015.csv, or {", ".join(years)}')
     cells = tables.read_csv(path)
     if len(cells.columns) != 11:
-      raise ValueError(
-        f'{path} has {len(cells.columns)} columns, expected 11: nine features,'
-        ' CO and NOx'
-      )
+      raise ValueError(f'{path}: {len(cells.columns)} columns, expected 11')
     names = list(cells.columns)[:10]
     found.append(np.stack([tables.numbers(cells, n) for n in names], axis=1))
   rows = np.concatenate(found)
@@ -175,8 +165,9 @@ def _turbine(folder):
 
 def _sensor(folder):
   x, y, batch = [], [], []
-  for path in _batches(folder):
-    number = int(path.name.split('.')[0].removeprefix('batch'))
+  for number in range(1, 11):
+    if (path := files.find(folder, f'batch{number}.dat')) is None:
+      continue
     for line, text in enumerate(files.read_text(path).splitlines(), 1):
       label, *pairs = text.split() or ['']
       label = label.split(';')[0]
@@ -195,18 +186,14 @@ def _sensor(folder):
       x.append(row)
       y.append(int(label) - 1)
       batch.append(number)
+  if not x:
+    _missing(folder, 'batch1.dat ... batch10.dat')
   return tables.split(
     np.stack(x),
     np.array(y, np.int32),
     label_names=_SENSOR_GASES,
     groups={'batch': batch, 'label': y},
   )
-
-
-def _batches(folder):
-  names = [f'batch{i}.dat' for i in range(1, 11)]
-  found = [path for name in names if (path := files.find(folder, name))]
-  return found or _missing(folder, ' ... '.join(names[::9]))
 
 
 def _blog(folder):
