@@ -15,6 +15,7 @@ from jaxfl import (
   perturb,
   schedules,
 )
+from jaxfl.data import tables
 from jaxfl.methods import diff2, spsa
 
 
@@ -44,6 +45,7 @@ class Config:
   dtype: str = _setting(
     'float32', 'Of the frozen weights and the forward pass.'
   )
+  hidden_units: int = _setting(10, 'Of the network for tables.')
   pool: str | None = _setting(
     None, 'What a classification head reads: first, mean or last position.'
   )
@@ -58,11 +60,19 @@ class Config:
   # the data
   dataset: str = _setting(
     'python_text',
-    "'python_text', a task such as sst2 or dolly, mnist, fashion_mnist, a"
-    ' directory of text or of idx files, a csv, json, jsonl, parquet or npz'
-    ' file, or a hub id.',
+    "'python_text', a task such as sst2 or dolly, mnist, fashion_mnist, a table"
+    ' such as california_housing, a directory of text or of idx files, a csv,'
+    ' json, jsonl, parquet or npz file, or a hub id.',
   )
   data_dir: str | None = _setting(None, 'Where the files of the tasks are.')
+  target: str | None = _setting(
+    None, 'Column to predict from the numbers in the others, of your own csv.'
+  )
+  feature_scaling: str = _setting(
+    'auto',
+    'Of tables: auto (constants where they are known, else none), none, or what'
+    ' no privacy guarantee covers, minmax and standard (by the data).',
+  )
   columns: str | None = _setting(
     None, "Columns of your own data: 'text=sentence,label=sentiment'."
   )
@@ -73,7 +83,9 @@ class Config:
     None, 'Split held out; by default test or validation, or a tenth of train.'
   )
   label_names: str | None = _setting(
-    None, 'Names of the labels of your own data, in their order, with commas.'
+    None,
+    'Names of the labels of your own data, in their order, with commas; with'
+    ' target, that it is one of them and no number.',
   )
   template: str | None = _setting(
     None, "Prompt of your own data: '{text} It was {answer}'."
@@ -215,6 +227,7 @@ _CHOICES = {
   'dtype': ('float32', 'bfloat16'),
   'pool': (None, 'first', 'mean', 'last'),
   'adapter': ('full', 'lora', 'head', 'bias'),
+  'feature_scaling': tables.SCALINGS,
   'form': ('auto', 'head', 'words', 'candidates', 'lm'),
   'allocation': allocation.ALLOCATIONS,
   'client_optimizer': ('sgd', 'adamw'),
@@ -230,6 +243,7 @@ _POSITIVE = (
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
     'max_new_tokens', 'num_seeds', 'coordinates', 'max_block_size',
     'clip_norm', 'clip_norm_diff', 'restart_interval', 'microbatch_size',
+    'hidden_units',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',
