@@ -1,18 +1,19 @@
 """From settings to methods: one entry each."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from experiments import problem
 from experiments.config import Config, UsageError
-from jaxfl import keys, schedules
+from jaxfl import calibration, keys, plan, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.methods import decomfl, fed_avg, fedkseed, ferret, spsa
+from jaxfl.methods import decomfl, diff2, fed_avg, fedkseed, ferret, spsa
 from jaxfl.runtime import simulate
 
 
@@ -20,9 +21,10 @@ from jaxfl.runtime import simulate
 class Entry:
   """How a method is built, its own defaults, and the settings it reads."""
 
-  build: Callable[[Config, jt.LossFn], method_lib.Method]
+  build: Callable[..., method_lib.Method]  # config, loss_fn; see `private`
   defaults: dict[str, Any]
   settings: frozenset[str]
+  private: bool = False  # build takes the clients' numbers of examples, too
 
 
 def _filled(value: Any) -> Any:
@@ -145,6 +147,48 @@ def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
+def plan_of(config: Config, num_examples: int | None = None) -> plan.Plan:
+  """What a private method releases, and under which noise.
+
+  Args:
+    config: of the run.
+    num_examples: of all clients, to check `delta_dp` by.
+
+  Raises:
+    ValueError: naming the setting that is missing or out of range.
+  """
+  return calibration.diff2(
+    *calibration.check_target(config.epsilon_dp, config.delta_dp, num_examples),
+    num_rounds=config.num_rounds,
+    restart_interval=(
+      1 if config.method == 'dp_gd' else config.restart_interval
+    ),
+    budget_share=config.budget_share,
+  )
+
+
+def _diff2(
+  config: Config,
+  loss_fn: jt.LossFn,
+  num_examples: Sequence[int] | np.ndarray | None,
+) -> method_lib.Method:
+  total = None if num_examples is None else sum(map(int, num_examples))
+  return diff2.diff2(
+    loss_fn,
+    plan=plan_of(config, total),
+    learning_rate=_schedule(
+      config, config.schedule, _filled(config.learning_rate)
+    ),
+    clip_norm=config.clip_norm,
+    clip_norm_diff=config.clip_norm_diff,
+    num_examples=num_examples,
+    unit=config.privacy_unit,
+    microbatch_size=config.microbatch_size,
+    allow_unstable=config.allow_unstable,
+    research_float_noise=config.research_float_noise,
+  )
+
+
 _ZEROTH_ORDER = frozenset(
   {'schedule', 'warmup_rounds', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
   | {'distribution', 'forward_dtype'}
@@ -165,6 +209,13 @@ _FED = frozenset(
 _FERRET = _FED | {
   'schedule', 'warmup_rounds', 'coordinates', 'allocation', 'codec',
   'distribution', 'max_block_size',
+}  # fmt: skip
+_DP_GD = frozenset(
+  {'schedule', 'warmup_rounds', 'epsilon_dp', 'delta_dp', 'privacy_unit'}
+  | {'clip_norm', 'microbatch_size', 'research_float_noise'}
+)
+_DIFF2 = _DP_GD | {
+  'clip_norm_diff', 'restart_interval', 'budget_share', 'allow_unstable'
 }  # fmt: skip
 
 METHODS = {
@@ -207,6 +258,8 @@ METHODS = {
     {'learning_rate': 0.3, 'local_steps': 1, 'server_lr': 1.0},
     _FED - {'local_steps'},
   ),
+  'dp_gd': Entry(_diff2, {'learning_rate': 0.3}, _DP_GD, private=True),
+  'diff2': Entry(_diff2, {'learning_rate': 0.3}, _DIFF2, private=True),
 }  # fmt: skip
 
 
@@ -273,14 +326,26 @@ def no_loss(params, batch):
   raise AssertionError('a server step must not evaluate a loss')
 
 
-def build_method(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def build_method(
+  config: Config,
+  loss_fn: jt.LossFn,
+  num_examples: Sequence[int] | np.ndarray | None = None,
+) -> method_lib.Method:
   """The method of a resolved config.
+
+  Args:
+    config: of the run.
+    loss_fn: params, batch -> float[].
+    num_examples: of the clients; a private method without them can follow
+      releases, but can't make any.
 
   Raises:
     UsageError: for combinations that the method refuses.
   """
+  entry = METHODS[config.method]
+  given = (num_examples,) if entry.private else ()
   try:
-    method = METHODS[config.method].build(config, loss_fn)
+    method = entry.build(config, loss_fn, *given)
   except ValueError as error:
     raise UsageError(str(error)) from error
   if config.objective != 'loss' and method.backwards:
@@ -305,7 +370,8 @@ def build_population(
   """Who takes part; weights are 1 or the number of examples.
 
   Raises:
-    UsageError: if the weights are too large for the method.
+    UsageError: if the weights are too large for the method, or it needs all
+      clients in every round and does not have them.
   """
   weights = None
   if config.weighting == 'examples':
@@ -318,7 +384,7 @@ def build_population(
       weights=weights,
       seed=config.seed,
     )
-    simulate.check_weights(method, population)
+    simulate.check_population(method, population)
   except ValueError as error:
     raise UsageError(str(error)) from error
   return population

@@ -15,7 +15,8 @@ from jaxfl import (
   perturb,
   schedules,
 )
-from jaxfl.methods import spsa
+from jaxfl.data import tables
+from jaxfl.methods import diff2, spsa
 
 
 class UsageError(Exception):
@@ -44,6 +45,7 @@ class Config:
   dtype: str = _setting(
     'float32', 'Of the frozen weights and the forward pass.'
   )
+  hidden_units: int = _setting(10, 'Of the network for tables.')
   pool: str | None = _setting(
     None, 'What a classification head reads: first, mean or last position.'
   )
@@ -58,11 +60,19 @@ class Config:
   # the data
   dataset: str = _setting(
     'python_text',
-    "'python_text', a task such as sst2 or dolly, mnist, fashion_mnist, a"
-    ' directory of text or of idx files, a csv, json, jsonl, parquet or npz'
-    ' file, or a hub id.',
+    "'python_text', a task such as sst2 or dolly, mnist, fashion_mnist, a table"
+    ' such as california_housing, a directory of text or of idx files, a csv,'
+    ' json, jsonl, parquet or npz file, or a hub id.',
   )
   data_dir: str | None = _setting(None, 'Where the files of the tasks are.')
+  target: str | None = _setting(
+    None, 'Column to predict from the numbers in the others, of your own csv.'
+  )
+  feature_scaling: str = _setting(
+    'auto',
+    'Of tables: auto (constants where they are known, else none), none, or what'
+    ' no privacy guarantee covers, minmax and standard (by the data).',
+  )
   columns: str | None = _setting(
     None, "Columns of your own data: 'text=sentence,label=sentiment'."
   )
@@ -73,7 +83,9 @@ class Config:
     None, 'Split held out; by default test or validation, or a tenth of train.'
   )
   label_names: str | None = _setting(
-    None, 'Names of the labels of your own data, in their order, with commas.'
+    None,
+    'Names of the labels of your own data, in their order, with commas; with'
+    ' target, that it is one of them and no number.',
   )
   template: str | None = _setting(
     None, "Prompt of your own data: '{text} It was {answer}'."
@@ -164,6 +176,31 @@ class Config:
   max_block_size: int = _setting(
     1 << 14, 'Entries of a block; larger tensors are cut.'
   )
+  # private: dp_gd, diff2
+  epsilon_dp: float | None = _setting(
+    None, 'Privacy budget of the whole run, at delta_dp.'
+  )
+  delta_dp: float | None = _setting(
+    None, 'Below one over the number of examples.'
+  )
+  privacy_unit: str = _setting(
+    'record', 'What is protected: a record or a client, replaced by another.'
+  )
+  clip_norm: float = _setting(1.0, "Bound of an example's gradient.")
+  clip_norm_diff: float = _setting(
+    1.0, 'Bound of a difference of gradients, over the length of the step.'
+  )
+  restart_interval: int = _setting(
+    20, 'Rounds from one whole gradient to the next; the rest are differences.'
+  )
+  budget_share: float = _setting(0.5, 'Of the budget, for whole gradients.')
+  microbatch_size: int = _setting(64, 'Gradients that a client holds at once.')
+  allow_unstable: bool = _setting(
+    False, 'Run although the noise of differences grows without end.'
+  )
+  research_float_noise: bool = _setting(
+    False, 'Float noise, which only resembles the mechanism; there is no other.'
+  )
   # the run
   seed: int = _setting(0, 'Seed of the run, 64 bits.')
   eval_every: int = _setting(5, 'Rounds between evaluations.')
@@ -190,12 +227,14 @@ _CHOICES = {
   'dtype': ('float32', 'bfloat16'),
   'pool': (None, 'first', 'mean', 'last'),
   'adapter': ('full', 'lora', 'head', 'bias'),
+  'feature_scaling': tables.SCALINGS,
   'form': ('auto', 'head', 'words', 'candidates', 'lm'),
   'allocation': allocation.ALLOCATIONS,
   'client_optimizer': ('sgd', 'adamw'),
   'server_optimizer': ('sgd', 'adam'),
   'partition': ('iid', 'dirichlet', 'label', 'column'),
   'objective': objectives.OBJECTIVES,
+  'privacy_unit': diff2.UNITS,
 }
 _POSITIVE = (
     'num_clients', 'num_rounds', 'batch_size', 'sequence_length',
@@ -203,6 +242,8 @@ _POSITIVE = (
     'server_lr', 'eval_every', 'snapshot_every', 'block_size', 'lora_rank',
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
     'max_new_tokens', 'num_seeds', 'coordinates', 'max_block_size',
+    'clip_norm', 'clip_norm_diff', 'restart_interval', 'microbatch_size',
+    'hidden_units',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',

@@ -1,10 +1,12 @@
 """From settings to a problem: data, a model, what is trained and measured.
 
-Four kinds of data, each with the settings that it reads:
+Five kinds of data, each with the settings that it reads:
 
   * text: the default task, or a directory of text; any stretch is an example.
   * features: a linear layer on an npz file of features (`jaxfl.data.features`).
   * images: a small network on files as those of MNIST (`jaxfl.data.images`).
+  * tables: numbers to predict from numbers, a known table or a csv file with a
+    target (`jaxfl.data.tables`).
   * rows: everything else; a task by name, a file, a folder or a hub id.
 """
 
@@ -14,11 +16,12 @@ from experiments import (
   features_problem,
   images_problem,
   rows_problem,
+  tables_problem,
   text_problem,
 )
 from experiments.config import Config, UsageError
 from experiments.parts import Problem
-from jaxfl.data import catalog, images, sources
+from jaxfl.data import catalog, images, known_tables, sources
 
 _ROWS_SETTINGS = frozenset(
   {'train_split', 'test_split', 'label_names', 'columns', 'template', 'words'}
@@ -36,12 +39,15 @@ SETTINGS = {
   'text': _MODEL,
   'features': _PARTITION,
   'images': _PARTITION | {'model', 'eval_examples', 'eval_batch_size'},
+  'tables': _PARTITION
+  | {'target', 'feature_scaling', 'label_names', 'hidden_units'},
   'rows': _ROWS_SETTINGS | _PARTITION | _MODEL,
 }
 _BUILDERS = {
   'text': text_problem.build,
   'features': features_problem.build,
   'images': images_problem.build,
+  'tables': tables_problem.build,
   'rows': rows_problem.build,
 }
 
@@ -56,6 +62,10 @@ def kind_of(config: Config) -> str:
   if name in images.NAMES:
     return 'images'
   path = pathlib.Path(name)
+  if name in known_tables.NAMES or (
+    config.target is not None and sources.file_format(path) == 'csv'
+  ):
+    return 'tables'
   if name in catalog.TASKS or not path.is_dir():
     return 'rows'
   if images.holds_images(path):

@@ -86,8 +86,8 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
           server,
           state,
           log,
-          method.message(base),
-          num_slots=population.num_slots,
+          method.recorded(base),
+          num_slots=simulate.num_slots(method, population),
           until_round=until_round,
         ):
           state = replayed

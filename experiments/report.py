@@ -45,6 +45,8 @@ def table(summary: dict[str, Any]) -> Table:
     per_grad = summary['bytes_up'] / summary['projected_grads']
     result.add_row('projected gradients', f'{summary["projected_grads"]:,}')
     result.add_row('bytes up per projected gradient', f'{per_grad:.2f}')
+  if 'epsilon_spent' in summary:
+    result.add_row('epsilon_dp spent', f'{summary["epsilon_spent"]:.3f}')
   result.add_row('bytes in the log', amount(summary['bytes_log']))
   result.add_row('forward passes', f'{summary["forwards"]:,}')
   result.add_row('backward passes', f'{summary["backwards"]:,}')

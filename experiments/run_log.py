@@ -36,7 +36,7 @@ def header_of(
     base_digest=digest_lib.digest(base),
     config=dataclasses.asdict(config) | digests,
     params=wire.describe(base),
-    message=wire.describe(method.message(base)),
+    message=wire.describe(method.recorded(base)),
   )
 
 

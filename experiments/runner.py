@@ -10,7 +10,7 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from experiments import build, problem, progress, report, session
+from experiments import build, guarantee, problem, progress, report, session
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError
 from jaxfl.runtime import distributed
@@ -51,6 +51,15 @@ def run(
   with distributed.together(UsageError):
     method = build.build_method(config, build.no_loss)
     found = problem.build(config)
+    private = method.release is not None
+    if private and found.task.whole is None:
+      raise UsageError(
+        f'method {config.method} needs all examples of a client at once, which'
+        f' dataset {config.dataset} does not give; use features, images or'
+        ' tables'
+      )
+    num_examples = found.task.num_examples
+    method = build.build_method(config, build.no_loss, num_examples)
     build.check_params(method, found.params)
     population = build.build_population(config, method, found.task.num_examples)
   with distributed.together(UsageError):
@@ -58,6 +67,10 @@ def run(
       workdir_lib.claim(workdir, config)
   if found.notes and first:
     print(found.notes)
+  if private:
+    promise = guarantee.describe(config, num_examples)
+    workdir_lib.write_json(workdir.privacy, promise)
+    print(guarantee.text(promise))
   task = found.task.name
   started = time.monotonic()
   with session.open_session(config, workdir, method, found, mesh) as live:

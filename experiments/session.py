@@ -14,11 +14,11 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from experiments import build, report, run_log
+from experiments import build, guarantee, report, run_log
 from experiments import problem as problem_lib
 from experiments.config import Config, UsageError
 from experiments.workdir import Workdir, write_json
-from jaxfl import adapters, checkpoint, metrics
+from jaxfl import adapters, checkpoint, metrics, noise
 from jaxfl import digest as digest_lib
 from jaxfl import method as method_lib
 from jaxfl.runtime import distributed, mesh_clients, simulate
@@ -93,7 +93,9 @@ class Session:
     self._programs = compile_method(
       method,
       build=lambda frozen: build.build_method(
-        config, functools.partial(problem.loss_fn, frozen)
+        config,
+        functools.partial(problem.loss_fn, frozen),
+        problem.task.num_examples,
       ),
       frozen=problem.frozen,
     )
@@ -133,13 +135,20 @@ class Session:
 
   def rounds(self, population) -> Iterator[simulate.Round]:
     """Runs the rounds that are left."""
-    batch_fn = lambda round, client: self._problem.task.batches(
-      self.config.seed,
-      client,
-      round,
-      self._method.num_batches,
-      self.config.batch_size,
-    )
+    task, key = self._problem.task, None
+    if self._method.release is None:
+      batch_fn = lambda round, client: task.batches(
+        self.config.seed,
+        client,
+        round,
+        self._method.num_batches,
+        self.config.batch_size,
+      )
+    else:
+      key = noise.NoiseKey.fresh(run=str(self.workdir.path))
+      batch_fn = lambda round, client: {
+        name: x[None] for name, x in task.whole(client).items()
+      }
     for done in simulate.simulate(
       self._method,
       self.state,
@@ -151,6 +160,7 @@ class Session:
       log=self._shared_log,
       block_size=self.config.block_size,
       programs=self._programs,
+      noise=key,
     ):
       self.round, self.state, self._local = done.round, done.state, done.local
       for name in TOTALS:
@@ -239,6 +249,8 @@ class Session:
       'bytes_log': self.workdir.log.stat().st_size,
       **self.ledger,
     }
+    if self._method.release is not None:
+      summary['epsilon_spent'] = guarantee.spent(self.config, self.round)
     write_json(self.workdir.summary, summary)
     report.curve(rows, rows[0].metric, self.workdir.curve)
     return summary

@@ -18,6 +18,7 @@ class Workdir:
     self.config = self.path / 'config.json'
     self.metrics = self.path / 'metrics.jsonl'
     self.summary = self.path / 'summary.json'
+    self.privacy = self.path / 'privacy.json'
     self.curve = self.path / 'curve.png'
     self.model = self.path / 'model.json'
     self.log = self.path / 'rounds.log'

@@ -18,8 +18,9 @@ Everything that is random but is not a direction (who takes part in a round,
 stochastic rounding ...) has a stream of its own, `stream(root, name)`. Stream
 names fold in a word whose highest bit is set, which no party id has.
 
-Shared keys are bare `uint32[2]` arrays on purpose: private noise uses typed
-`jax.random.key` keys, so that one can't be passed where the other is expected.
+Shared keys are bare `uint32[2]` arrays on purpose: private noise has keys of
+another type (`jaxfl.noise.NoiseKey`), which is no array, so that one can't be
+passed where the other is expected.
 """
 
 import hashlib

@@ -27,6 +27,23 @@ class Party(NamedTuple):
   weight: jt.Array  # float32[]; a whole number < 2**24, 0 when absent
 
 
+class Release(NamedTuple):
+  """What a private method lets out, in place of its messages.
+
+  Messages reach an aggregator that everybody trusts. Replicas, other clients
+  and the log get its release only: `Method.server` and `Method.downlink` take
+  releases with a leading axis of one in place of messages.
+
+  Attributes:
+    make: state, messages [C, ...], cohort [C], noise key -> release; on the
+      host, see `jaxfl.noise.NoiseKey`. Clients that sent nothing are left out.
+    like: params -> shape of a release, a pytree of `ShapeDtypeStruct`.
+  """
+
+  make: Callable[[Any, jt.Message, Party, Any], jt.Message]
+  like: Callable[[jt.Params], jt.Message]
+
+
 class Method(NamedTuple):
   """Pure functions that make up a method, and what a round of it costs.
 
@@ -55,6 +72,7 @@ class Method(NamedTuple):
     weight_limit: the largest sum of weights in one round.
     init_local: params -> private client state (residuals, control variates).
     check: state -> error text or None; runs on the host after every round.
+    release: of a private method; None if messages go to everybody.
   """
 
   init: Callable[[jt.Params], Any]
@@ -71,6 +89,11 @@ class Method(NamedTuple):
   weight_limit: int = 2**31 - 1
   init_local: Callable[[jt.Params], Any] = lambda params: ()
   check: Callable[[Any], str | None] = lambda state: None
+  release: Release | None = None
+
+  def recorded(self, params: jt.Params) -> jt.Message:
+    """The shape of what the log holds: of a message, or of a release."""
+    return (self.message if self.release is None else self.release.like)(params)
 
 
 def quotients(numerators: jax.Array, denominators: jax.Array) -> jax.Array:

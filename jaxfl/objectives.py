@@ -10,6 +10,9 @@ Five forms of batches (`jaxfl.data.encode` makes them), one loss for each:
   * `features`: cross-entropy of a linear layer on given features.
   * `lm`: next-token cross-entropy on the weighted tokens (the response).
 
+Numbers to predict, `target` float32[B], have a loss of their own: the mean
+squared error.
+
 Zeroth-order methods also minimise what has no gradient: `1 - accuracy` where
 there are classes, `1 - F1` of the greedily generated tokens where there are
 responses. Everything is jittable and a function of `(params, batch)`.
@@ -37,6 +40,7 @@ FORMS = ('head', 'words', 'candidates', 'features', 'lm')
 OBJECTIVES = ('loss', 'accuracy', 'f1')
 
 Scores = Callable[[jt.Params, jt.Batch], jax.Array]  # -> float32[B, C]
+Predict = Callable[[jt.Params, jt.Batch], jax.Array]  # -> float32[B]
 Evaluate = Callable[[jt.Params, jt.Batch], dict[str, float]]
 
 
@@ -179,6 +183,23 @@ def classification_loss(scores: Scores, objective: str = 'loss') -> jt.LossFn:
   return loss_fn
 
 
+def regression_loss(predict: Predict) -> jt.LossFn:
+  """Mean squared error of the predictions.
+
+  Args:
+    predict: params, batch -> float32[B].
+
+  Returns:
+    params, batch -> float32[].
+  """
+
+  def loss_fn(params, batch):
+    error = jnp.square(predict(params, batch) - jnp.asarray(batch['target']))
+    return _mean(error, _example_weight(batch, error))
+
+  return loss_fn
+
+
 def lm_loss(config: Config) -> jt.LossFn:
   """Mean next-token cross-entropy in nats over the weighted tokens.
 
@@ -313,6 +334,37 @@ def evaluate_classes(scores: Scores, num_labels: int) -> Evaluate:
       'macro_f1': text_metrics.macro_f1(counts),
       'loss': float(loss / count),
     }
+
+  return evaluate
+
+
+def evaluate_regression(predict: Predict) -> Evaluate:
+  """Evaluation of predicted numbers over a fixed stack of batches.
+
+  Args:
+    predict: params, batch -> float32[B].
+
+  Returns:
+    A function of `(params, batches)` with `loss`, the mean squared error, and
+    `r2`, one minus the loss over the variance of the targets (0 if they have
+    none); batches have leading axes [N, B].
+  """
+
+  def step(params, batch):
+    error = jnp.square(predict(params, batch) - jnp.asarray(batch['target']))
+    weight = _example_weight(batch, error)
+    return jnp.sum(error * weight), jnp.sum(weight)
+
+  total = _summed(step)
+
+  def evaluate(params, batches):
+    loss, count = (float(x) for x in total(params, batches))
+    target = np.asarray(batches['target'], np.float64)
+    weights = batches.get('example_weight')
+    mean = np.average(target, weights=weights)
+    variance = float(np.average((target - mean) ** 2, weights=weights))
+    r2 = 1.0 - loss / count / variance if variance else 0.0
+    return {'loss': loss / count, 'r2': r2}
 
   return evaluate
 

@@ -45,6 +45,16 @@ def task(
     chosen = own[np.stack(picks)]
     return {name: x[chosen] for name, x in train.items()}
 
+  most = max(map(len, partition))
+
+  def whole(client_id):
+    own = partition[client_id]
+    rows = np.concatenate([own, np.repeat(own[:1], most - len(own))])
+    weight = (np.arange(most) < len(own)).astype(np.float32)
+    return {name: x[rows] for name, x in train.items()} | {
+      'example_weight': weight
+    }
+
   count = len(next(iter(test.values())))
   rows, weight = batching.eval_rows(count, eval_batch_size, eval_examples)
   data = [*train.values(), *test.values(), *map(np.asarray, partition)]
@@ -56,4 +66,5 @@ def task(
     | {'example_weight': weight},
     client_names=tuple(f'client {i}' for i in range(len(partition))),
     digest=digest_lib.digest(data),
+    whole=whole,
   )

@@ -25,6 +25,9 @@ class Task(NamedTuple):
       that no client has.
     client_names: what the clients are called, in the order of their ids.
     digest: sha256 of all the data, in hexadecimal.
+    whole: `client_id` -> all examples of a client, a dict of arrays
+      [max(num_examples), ...] with `example_weight`, float32, which is 0 for
+      what fills up; None for tasks whose examples can't be listed.
   """
 
   name: str
@@ -33,6 +36,7 @@ class Task(NamedTuple):
   eval_batches: dict[str, np.ndarray]
   client_names: tuple[str, ...]
   digest: str
+  whole: Callable[[int], dict[str, np.ndarray]] | None = None
 
 
 def generator(seed: int, client_id: int, round: int) -> np.random.Generator:

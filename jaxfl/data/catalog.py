@@ -180,7 +180,8 @@ def _finish(name, splits, columns, label_names) -> rows_lib.Dataset:
     raise ValueError(
       f'{name!r} has the columns {sorted(found)}: expected label (to '
       'classify), instruction and response (to generate) or text; say which '
-      'column is which with --columns=FIELD=COLUMN,...'
+      'column is which with --columns=FIELD=COLUMN,..., or, for a table of '
+      'numbers, what to predict with --target=COLUMN'
     )
   for split, rows in parts.items():
     where = f'{name!r}, split {split!r}'

@@ -4,9 +4,7 @@ Two convolutions of 5 x 5 (16 and 32 channels, zero padding, so that sizes
 stay), each with a maximum over 2 x 2 and ReLU, and one linear layer. On images
 of 28 x 28 with 10 classes it has 28,938 parameters: the MNIST model of DeComFL.
 
-Weights and biases start uniform in [-b, b), b = 1 / sqrt(fan in), as PyTorch's
-convolutions and linear layers do. They are bits of the key, times powers of
-two, times b: the same float32 values on every device.
+Weights and biases start as PyTorch's do, see `initializers.uniform`.
 
 Shapes: B images, H x W pixels, C classes.
 
@@ -17,27 +15,14 @@ References:
     https://github.com/ZidongLiu/DeComFL (cnn_mnist.py).
 """
 
-import math
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jaxfl import typing as jt
+from jaxfl.models import initializers
 
 SMALLEST = 4  # pixels on a side; two halvings leave one
-
-
-def _uniform(fan_in: int) -> Any:
-  """An initializer of floats in [-b, b), b = 1 / sqrt(fan_in), rounded once."""
-
-  def draw(key, shape, dtype=jnp.float32):
-    bits = jax.random.bits(key, shape, jnp.uint32) >> 8
-    signed = bits.astype(jnp.float32) * 2.0**-23 - 1.0  # exact
-    return (signed * (1 / math.sqrt(fan_in))).astype(dtype)
-
-  return draw
 
 
 def _convolve(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -82,7 +67,7 @@ class _Convolution(nn.Module):
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    start = _uniform(25 * x.shape[-1])
+    start = initializers.uniform(25 * x.shape[-1])
     shape = (5, 5, x.shape[-1], self.channels)
     kernel = self.param('kernel', start, shape)
     bias = self.param('bias', start, (self.channels,))
@@ -102,7 +87,7 @@ class _CNN(nn.Module):
     x = _Convolution(16, name='conv1')(x)
     x = _Convolution(32, name='conv2')(x)
     x = x.reshape(x.shape[0], -1)
-    start = _uniform(x.shape[-1])
+    start = initializers.uniform(x.shape[-1])
     return nn.Dense(
       self.num_labels,
       dtype=x.dtype,

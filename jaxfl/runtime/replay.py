@@ -24,8 +24,8 @@ def replay(
     server: the compiled `Programs.server` of the run's method.
     state: `method.init(base)`, or a snapshot after `first_round` rounds.
     log: the run's log.
-    like: shape of a message, from `Method.message`.
-    num_slots: `Population.num_slots` of the run.
+    like: shape of what the log holds, from `Method.recorded`.
+    num_slots: `simulate.num_slots` of the run.
     first_round: rounds that `state` has behind it.
     until_round: rounds to have behind it in the end; default all.
 

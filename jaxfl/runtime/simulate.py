@@ -107,7 +107,7 @@ class Round(NamedTuple):
   round: int  # rounds done, counted from 1
   state: Any
   local: Any  # private client states; the next round changes them in place
-  loss: float | None  # mean over clients; None if the log had the messages
+  loss: float | None  # mean over clients; None if from the log, or private
   bytes_up: int  # encoded frames of this round
   bytes_down: int
   forwards: int  # passes over a minibatch, over all clients
@@ -205,6 +205,7 @@ def simulate(
   log: Any = None,
   block_size: int = 1,
   programs: Programs | None = None,
+  noise: Any = None,
 ) -> Iterator[Round]:
   """Runs rounds `first_round .. num_rounds - 1` and yields after each.
 
@@ -222,17 +223,17 @@ def simulate(
     block_size: clients that run at once under `vmap`, on every device.
     programs: from `compile_method(method)`, to share compiled programs, or
       from `mesh.compile_method(method, mesh)`, to run on a mesh.
+    noise: a `jaxfl.noise.NoiseKey`, for a method with a release.
 
   Yields:
     A `Round` each.
 
   Raises:
     FloatingPointError: when `method.check` reports an error.
-    ValueError: if the weights of a cohort may add up to more than the method
-      can divide exactly, a client's batches lack the leading axis, or those of
-      a block can't be stacked.
+    ValueError: for a population that `check_population` refuses, if a client's
+      batches lack the leading axis, or those of a block can't be stacked.
   """
-  check_weights(method, population)
+  check_population(method, population)
   if block_size < 1:
     raise ValueError(f'block_size must be >= 1, got {block_size}')
   checked = lambda round, client: _check_batches(
@@ -240,6 +241,8 @@ def simulate(
   )
   programs = programs or compile_method(method)
   like = method.message(state.params)
+  recorded = method.recorded(state.params)
+  slots = num_slots(method, population)
   if local is None:
     local = init_local(method, state.params, population.num_clients)
   stateful = bool(jax.tree.leaves(local))
@@ -250,19 +253,30 @@ def simulate(
     sampled, ids = population.sample(round)
     record = None
     if log is not None and round < log.num_rounds:
-      record = log.read(round, like)
-      ids = record.ids
+      record = log.read(round, recorded)
+      if method.release is None:
+        ids = record.ids
     if record is None or stateful:
       run = programs.run_clients or run_clients
       messages, local, loss = run(
         programs, state, local, checked, population, round, ids, block_size
       )
-    else:
+    elif method.release is None:
       messages, loss = record.messages, None
+    else:  # nobody has them any more
+      messages, loss = _zeros(like, len(ids)), None
+    senders = len(ids)
     messages, bytes_up = _transmit(messages, ids, like)
     weights = population.weight_of(ids)
+    if method.release is not None:
+      loss = None
+      if record is None:
+        parties = method_lib.Party(ids, np.int32(round), weights)
+        released = method.release.make(state, messages, parties, noise)
+        messages = jax.tree.map(lambda x: np.asarray(x)[None], released)
+        ids, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
     if record is not None:
-      messages, weights = record.messages, record.weights
+      messages, ids, weights = record.messages, record.ids, record.weights
     elif log is not None:
       log.append(round, ids, weights, messages)
     cohort = method_lib.Party(ids, np.int32(round), weights)
@@ -272,7 +286,7 @@ def simulate(
       down = len(wire.to_bytes(method.downlink(state, messages, cohort)))
       everyone = method.receivers == 'everyone'
       bytes_down = down * (population.num_clients if everyone else len(sampled))
-    padded = pad(messages, ids, weights, round, population.num_slots)
+    padded = pad(messages, ids, weights, round, slots)
     state = programs.server(state, *padded)
     if error := method.check(state):
       raise FloatingPointError(f'round {round}: {error}')
@@ -283,10 +297,15 @@ def simulate(
       loss=loss,
       bytes_up=bytes_up,
       bytes_down=bytes_down,
-      forwards=method.forwards * len(ids),
-      backwards=method.backwards * len(ids),
-      projected_grads=method.projected_grads * len(ids),
+      forwards=method.forwards * senders,
+      backwards=method.backwards * senders,
+      projected_grads=method.projected_grads * senders,
     )
+
+
+def num_slots(method: method_lib.Method, population: Population) -> int:
+  """Slots of a cohort as the server sees it; a release is the only party."""
+  return population.num_slots if method.release is None else 1
 
 
 def _catch_up(method, state, round, sampled, last_round):
@@ -313,8 +332,30 @@ def _check_batches(method, batches, client):
   return batches
 
 
-def check_weights(method: method_lib.Method, population: Population) -> None:
-  """Raises ValueError if a cohort may weigh more than the method can divide."""
+def check_population(method: method_lib.Method, population: Population) -> None:
+  """Checks that a method can run with a population.
+
+  Raises:
+    ValueError: if a cohort may weigh more than the method can divide; if there
+      is a release, which is a mean over all clients, and some may be absent or
+      weigh more than others; or several processes, each with its own noise.
+  """
+  if method.release is not None:
+    if population.num_slots < population.num_clients or population.dropout_rate:
+      raise ValueError(
+        'participation_rate must be 1 and dropout_rate 0 for a private method:'
+        ' what it releases is a mean over all clients'
+      )
+    if population.weights is not None:
+      raise ValueError(
+        'weighting must be uniform for a private method: what it releases is'
+        ' an even mean over clients'
+      )
+    if jax.process_count() > 1:
+      raise ValueError(
+        'a private method runs in one process: there is one aggregator, and'
+        ' nobody else may know its noise'
+      )
   weights = population.weights or (1,) * population.num_clients
   total = sum(sorted(weights)[-population.num_slots :])
   if total > method.weight_limit:
@@ -392,11 +433,15 @@ def put_back(local: Any, ids: np.ndarray, mine: Any) -> None:
 def _transmit(messages, ids, like):
   """Sends every message through its frame; returns what arrives, and bytes."""
   if not len(ids):
-    empty = lambda x: np.zeros((0, *x.shape), x.dtype)
-    return jax.tree.map(empty, like), 0
+    return _zeros(like, 0), 0
   total, arrived = 0, []
   for i in range(len(ids)):
     frame = wire.to_bytes(jax.tree.map(lambda x: x[i], messages))
     total += len(frame)
     arrived.append(wire.from_bytes(frame, like))
   return jax.tree.map(lambda *xs: np.stack(xs), *arrived), total
+
+
+def _zeros(like, count):
+  """Messages [count, ...] of nothing."""
+  return jax.tree.map(lambda x: np.zeros((count, *x.shape), x.dtype), like)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxfl import keys, objectives
-from jaxfl.models import cnn
+from jaxfl.models import cnn, initializers
 
 KEY = jax.random.key(0, impl='threefry2x32')
 
@@ -118,7 +118,7 @@ def test_weights_start_as_pytorchs_do(params):
 
 def test_the_start_is_exact(params):
   """Multiples of 2**-23 times b, rounded once: no device may differ."""
-  draw = cnn._uniform(400)
+  draw = initializers.uniform(400)
   shaped = jax.jit(lambda key: draw(key, (5, 5, 16, 32)))
   np.testing.assert_array_equal(shaped(KEY), draw(KEY, (5, 5, 16, 32)))
   bound = np.float32(1 / 20)
