@@ -98,6 +98,7 @@ def test_two_runs_have_different_noise(npz, run, tmp_path):
   assert other['digest'] != summary['digest']
 
 
+@pytest.mark.slow
 def test_dp_gd(npz, tmp_path):
   config = config_of(npz, method='dp_gd', clip_norm_diff=1.0,
                      restart_interval=20)  # fmt: skip

@@ -142,7 +142,14 @@ def test_a_run_replays_and_exports_what_it_evaluated(
     replay.write(params, header, workdir, str(tmp_path / 'out'))
 
 
-@pytest.mark.parametrize('adapter', ['lora', 'bias', 'head'])
+@pytest.mark.parametrize(
+  'adapter',
+  [
+    'lora',
+    pytest.param('bias', marks=pytest.mark.slow),
+    pytest.param('head', marks=pytest.mark.slow),
+  ],
+)
 def test_adapters_train_their_part_of_a_hub_model(
   adapter, labelled, bert, tmp_path
 ):

@@ -157,6 +157,7 @@ def test_one_client_equals_the_centralised_optimizer():
     np.testing.assert_allclose(found, expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_accuracy_works_as_an_objective():
   """Not differentiable: 1 - accuracy of a sign classifier."""
   rng = np.random.default_rng(0)

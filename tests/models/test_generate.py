@@ -104,7 +104,16 @@ def compiled(name, **kwargs):
   return jax.jit(lambda *args: generate.greedy(CONFIGS[name], *args, **kwargs))
 
 
-@pytest.mark.parametrize('name', CONFIGS)
+_SLOW = ('learned positions', 'narrow embeddings')
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else [])
+    for name in CONFIGS
+  ],
+)
 def test_equals_the_naive_loop(name, prompts):
   made = compiled(name)(params_of(name), *prompts)
   assert (made.shape, made.dtype) == ((3, NEW), jnp.int32)
