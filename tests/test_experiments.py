@@ -13,6 +13,8 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
+from experiments import build
+from experiments.config import UsageError, from_mapping
 from jaxfl import metrics
 from jaxfl.digest import digest
 from jaxfl.log import RoundLog
@@ -278,38 +280,52 @@ def test_changed_data_are_refused(environment, tmp_path):
 
 
 @pytest.mark.parametrize(
+  ('settings', 'message'),
+  [
+    ({'method': 'spas'}, 'method must be one of spsa, fedkseed'),
+    ({'codec': 'zip'}, 'codec must be one of log8'),
+    ({'mu': float('nan')}, 'mu must be finite'),
+    ({'participation_rate': 2.0}, 'no more can be sampled than exist'),
+    ({'num_rounds': 0}, 'num_rounds must be > 0'),
+    ({'weights': 'int3'}, 'weights must be one of grid, float32'),
+    ({'seed': -1}, 'seed must be >= 0'),
+    ({'method': 'fed_avg', 'codec': 'sign1'}, 'codec does not apply to'),
+    ({'method': 'fed_sgd', 'local_steps': 3}, 'local_steps does not apply'),
+    (
+      {'method': 'ferret', 'server_optimizer': 'adam', 'server_momentum': 0.5},
+      'server_momentum does not apply to server_optimizer adam',
+    ),
+    (
+      {'weight_decay': 1e6, 'learning_rate': 1.0},
+      'learning_rate . weight_decay must be < 0.25',
+    ),
+  ],
+)
+def test_settings_that_are_wrong_are_named(settings, message):
+  def method_of(settings):
+    config = build.resolve(from_mapping(settings))
+    return build.build_method(config, build.no_loss)
+
+  with pytest.raises(UsageError, match=message):
+    method_of(settings)
+
+
+@pytest.mark.parametrize(
   ('args', 'message'),
   [
-    (['--method=spas'], 'method must be one of spsa, fedkseed'),
-    (['--codec=zip'], 'codec must be one of log8'),
     (['--mu=0'], 'mu must be > 0, got 0.0'),
-    (['--mu=nan'], 'mu must be finite'),
-    (['--participation_rate=2'], 'no more can be sampled than exist'),
-    (['--num_rounds=0'], 'num_rounds must be > 0'),
-    (['--config.weights=int3'], 'weights must be one of grid, float32'),
     (['--config.learnig_rate=1'], 'learnig_rate'),
     (['--config.batch_size=a'], 'batch_size'),
     (['--batch_size=1.5'], 'batch_size'),
-    (['--seed=-1'], 'seed must be >= 0'),
-    (['--method=fed_avg', '--codec=sign1'], 'codec does not apply to'),
-    (['--method=fed_sgd', '--config.local_steps=3'], 'local_steps does not'),
     (
       ['--method=ferret', '--coordinates=9'],
       'coordinates must be >= 54, one for every block, got 9',
-    ),
-    (
-      ['--method=ferret', '--server_optimizer=adam', '--server_momentum=0.5'],
-      'server_momentum does not apply to server_optimizer adam',
     ),
     (['--model=nowhere.safetensors'], 'nowhere.safetensors'),
     (['--dataset=/nowhere'], '/nowhere'),
     (['--resume'], '--resume needs --workdir'),
     (['--config=nowhere.py'], 'nowhere.py'),
     (['extra'], 'extra'),
-    (
-      ['--config.weight_decay=1e6', '--learning_rate=1'],
-      'learning_rate * weight_decay must be < 0.25',
-    ),
   ],
 )
 def test_mistakes_are_named_before_any_work(
