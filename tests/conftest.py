@@ -24,14 +24,6 @@ jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 jax.config.update('jax_persistent_cache_min_entry_size_bytes', -1)
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items):
-  """The tests of a file run in one process: they share what is compiled."""
-  for item in items:
-    if item.get_closest_marker('xdist_group') is None:
-      item.add_marker(pytest.mark.xdist_group(item.path.name))
-
-
 @pytest.fixture(autouse=True, scope='module')
 def _no_programs_of_other_modules():
   """Programs take gigabytes otherwise; the cache on disk has them still."""

@@ -1,8 +1,7 @@
 """What every method promises, from one table (methods_table.CASES).
 
 Compiling is what takes time here. All tests of a method share two programs: a
-client's for blocks of `BLOCK`, a server's for `SLOTS` slots; and run in one
-process (`xdist_group`).
+client's for blocks of `BLOCK`, a server's for `SLOTS` slots.
 """
 
 import functools
