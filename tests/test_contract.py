@@ -16,20 +16,10 @@ from jaxfl.runtime import replay, simulate
 from tests import methods_table as table
 
 BLOCK, SLOTS = 2, 6
-CASES = pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in table.CASES
-  ],
-)
+CASES = pytest.mark.parametrize('name', table.CASES)
 # one of each kind, for what needs programs of its own
 FEW = pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=pytest.mark.xdist_group(name))
-    for name in ('spsa', 'fedkseed', 'decomfl', 'ferret', 'fed_avg')
-  ],
+  'name', ['spsa', 'fedkseed', 'decomfl', 'ferret', 'fed_avg']
 )
 
 
