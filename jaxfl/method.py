@@ -72,7 +72,14 @@ class Method(NamedTuple):
     weight_limit: the largest sum of weights in one round.
     init_local: params -> private client state (residuals, control variates).
     check: state -> error text or None; runs on the host after every round.
-    release: of a private method; None if messages go to everybody.
+    release: of a private method with an aggregator; None if messages go to
+      everybody.
+    prepare: of a private method; None for others. A client's examples, round,
+      party id, `noise.NoiseKey` -> its batches, on the host: they hold the
+      noise and the samples that nobody else may know. Examples are all that the
+      client has, arrays [N, ...] with `example_weight`, 0 for what fills up.
+    turn: round, ids int32[C] -> the ids of those that act in it, all but for
+      methods whose clients take turns.
   """
 
   init: Callable[[jt.Params], Any]
@@ -90,6 +97,13 @@ class Method(NamedTuple):
   init_local: Callable[[jt.Params], Any] = lambda params: ()
   check: Callable[[Any], str | None] = lambda state: None
   release: Release | None = None
+  prepare: Callable[[jt.Batch, int, int, Any], jt.Batch] | None = None
+  turn: Callable[[int, np.ndarray], np.ndarray] = lambda round, ids: ids
+
+  @property
+  def private(self) -> bool:
+    """Whether the method hides what single examples are."""
+    return self.prepare is not None
 
   def recorded(self, params: jt.Params) -> jt.Message:
     """The shape of what the log holds: of a message, or of a release."""

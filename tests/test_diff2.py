@@ -294,13 +294,19 @@ def test_exact_norm_of_many_entries():
 
 
 def test_dp_gd_is_diff2_that_restarts():
+  """Every release is the whole gradient, at the target's noise."""
   plan = calibration.diff2(3.0, 1e-5, num_rounds=6)
-  settings = SETTINGS | {'plan': plan}
-  a = run(diff2.dp_gd(loss_fn, **settings), num_rounds=6)
-  b = run(diff2.diff2(loss_fn, **settings), num_rounds=6)
-  assert digest.digest(a[-1].state) == digest.digest(b[-1].state)
-  with pytest.raises(ValueError, match='restart_interval of dp_gd must be 1'):
-    diff2.dp_gd(loss_fn, **(SETTINGS | {'plan': PLAN}))
+  assert plan.noise_multiplier_diff == 0
+  rounds = run(build(plan=plan, allow_unstable=False), num_rounds=6)
+  before = build().init(params())
+  for r, done in enumerate(rounds):
+    assert float(done.state.clip) == np.float32(0.8)
+    found = flat(done.state.estimate)
+    means = [clipped(gradients(before.params, c), 0.8).mean(0) for c in data()]
+    std = plan.noise_multiplier * 2 * float(np.float32(0.8)) / 9
+    wanted = np.mean(means, 0) + flat(noise_of(std, r))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-3)
+    before = done.state
 
 
 def test_learns():

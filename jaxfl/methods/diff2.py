@@ -262,22 +262,11 @@ def diff2(
     receivers='everyone',
     follow=follow,
     num_batches=1,
-    forwards=2 if interval > 1 else 1,
+    forwards=2 if interval > 1 else 1,  # one less in rounds that restart
     backwards=2 if interval > 1 else 1,
     check=lambda state: master.check(state.overflow),
     release=method_lib.Release(release, like),
   )
-
-
-def dp_gd(loss_fn: jt.LossFn, **settings: Any) -> method_lib.Method:
-  """DP-GD: `diff2` with a plan that restarts in every round.
-
-  Raises:
-    ValueError: as `diff2`, or for another plan.
-  """
-  if (interval := settings['plan'].restart_interval) != 1:
-    raise ValueError(f'restart_interval of dp_gd must be 1, got {interval}')
-  return diff2(loss_fn, **settings)
 
 
 def _factor(tree: Any, bound: float) -> float:
