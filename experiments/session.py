@@ -135,7 +135,7 @@ class Session:
 
   def rounds(self, population) -> Iterator[simulate.Round]:
     """Runs the rounds that are left."""
-    task, key = self._problem.task, None
+    task, base, key = self._problem.task, self._problem.params, None
     prepare = self._method.prepare
     if prepare is None:
       batch_fn = lambda round, client: task.batches(
@@ -148,7 +148,7 @@ class Session:
     else:
       key = noise.NoiseKey.fresh(run=str(self.workdir.path))
       batch_fn = lambda round, client: prepare(
-        task.whole(client), round, client, key
+        base, task.whole(client), round, client, key
       )
     for done in simulate.simulate(
       self._method,

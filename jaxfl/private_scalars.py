@@ -31,7 +31,7 @@ References:
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -111,7 +111,7 @@ class Mechanism(NamedTuple):
   code: codecs.Codec
   measure: Callable[..., tuple[jax.Array, jax.Array]]
   encode: Callable[..., jax.Array]
-  prepare: Callable[[jt.Batch, int, int, Any], jt.Batch]
+  prepare: Callable[..., jt.Batch]
 
 
 def check_count(settings: Settings, num_scalars: int) -> None:
@@ -201,7 +201,8 @@ def mechanism(settings: Settings, codec: str) -> Mechanism:
     noisy = jnp.clip(exact + noise, -largest, largest)
     return noisy.astype(code.struct(1).dtype)
 
-  def prepare(examples, round, client, key):
+  def prepare(params, examples, round, client, key):
+    del params  # Unused: scalars have no shape.
     noise_lib.check_key(key)
     if round >= plan.num_rounds:
       raise ValueError(

@@ -299,10 +299,15 @@ def simulate(
       loss=loss,
       bytes_up=bytes_up,
       bytes_down=bytes_down,
-      forwards=method.forwards * senders,
-      backwards=method.backwards * senders,
+      forwards=_at(method.forwards, round) * senders,
+      backwards=_at(method.backwards, round) * senders,
       projected_grads=method.projected_grads * senders,
     )
+
+
+def _at(passes, round):
+  """A number of passes, or its function of the round."""
+  return passes(round) if callable(passes) else passes
 
 
 def num_slots(method: method_lib.Method, population: Population) -> int:
