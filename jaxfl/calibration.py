@@ -198,6 +198,7 @@ def integer_noise(
   return event(_smallest(cost, epsilon_dp, guess))
 
 
+@functools.cache
 def scalars(
   epsilon_dp: float,
   delta_dp: float,
@@ -237,12 +238,12 @@ def _smallest(
 ) -> float:
   """The smallest noise, to 0.1 %, whose cost is at most the target."""
   excess = functools.cache(lambda log: cost(math.exp(log)) - target)
-  high = math.log(guess)
+  low = high = math.log(guess)
+  step = 0.02
   while excess(high) > 0:
-    high += 0.5
-  low = high - 0.5
+    low, high, step = high, high + step, 2 * step
   while excess(low) <= 0:
-    low -= 0.5
+    low, high, step = low - step, low, 2 * step
   found = optimize.root_scalar(
     excess, bracket=(low, high), method='brentq', xtol=2e-4
   ).root
