@@ -1,19 +1,27 @@
 """From settings to methods: one entry each."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
 import optax
 
-from experiments import problem
+from experiments import plans, problem
 from experiments.config import Config, UsageError
-from jaxfl import calibration, keys, plan, schedules
+from experiments.plans import NumExamples
+from jaxfl import keys, private_scalars, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.methods import decomfl, diff2, fed_avg, fedkseed, ferret, spsa
+from jaxfl.methods import (
+  decomfl,
+  diff2,
+  dp_sketch,
+  fed_avg,
+  fedkseed,
+  ferret,
+  spsa,
+)
 from jaxfl.runtime import simulate
 
 
@@ -21,10 +29,10 @@ from jaxfl.runtime import simulate
 class Entry:
   """How a method is built, its own defaults, and the settings it reads."""
 
-  build: Callable[..., method_lib.Method]  # config, loss_fn; see `private`
+  build: Callable[..., method_lib.Method]  # config, loss_fn, num_examples
   defaults: dict[str, Any]
   settings: frozenset[str]
-  private: bool = False  # build takes the clients' numbers of examples, too
+  if_private: dict[str, Any] | None = None  # defaults if epsilon_dp is given
 
 
 def _filled(value: Any) -> Any:
@@ -54,7 +62,9 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
   }
 
 
-def _spsa(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def _spsa(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
   return spsa.spsa(
     loss_fn,
     keys.root(config.seed),
@@ -63,11 +73,14 @@ def _spsa(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
     scaling=config.scaling,
     weight_decay=config.weight_decay,
     weights=config.weights,
+    privacy=_scalars(config, num_examples),
     **_zeroth_order(config),
   )
 
 
-def _fedkseed(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def _fedkseed(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
   return fedkseed.fedkseed(
     loss_fn,
     keys.root(config.seed),
@@ -77,11 +90,15 @@ def _fedkseed(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
     pro=config.method == 'fedkseed_pro',
     importance_weight=config.importance_weight,
     weight_decay=config.weight_decay,
+    privacy=_scalars(config, num_examples),
     **_zeroth_order(config),
   )
 
 
-def _decomfl(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def _decomfl(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
+  del num_examples  # Unused.
   return decomfl.decomfl(
     loss_fn,
     keys.root(config.seed),
@@ -115,7 +132,10 @@ def _server_optimizer(
   return optax.sgd(server_lr, momentum=config.server_momentum or None)
 
 
-def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def _fed_avg(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
+  del num_examples  # Unused.
   return fed_avg.fed_avg(
     loss_fn,
     client_optimizer=_client_optimizer(config),
@@ -124,7 +144,10 @@ def _fed_avg(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
-def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
+def _ferret(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
+  del num_examples  # Unused.
   server_lr = _schedule(config, config.schedule, _filled(config.server_lr))
   if config.server_optimizer == 'sgd' and not config.server_momentum:
     server: dict[str, Any] = {'server_lr': server_lr}  # exact
@@ -147,38 +170,57 @@ def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
-def plan_of(config: Config, num_units: int | None = None) -> plan.Plan:
-  """What a private method releases, and under which noise.
+def _scalars(
+  config: Config, num_examples: NumExamples
+) -> private_scalars.Settings | None:
+  """How clients hide their examples; None if they do not."""
+  if config.epsilon_dp is None:
+    return None
+  return private_scalars.Settings(
+    plans.scalars(config, num_examples),
+    clip_norm=config.clip_norm,
+    num_examples=num_examples,
+    microbatch_size=config.microbatch_size,
+    research_float_noise=config.research_float_noise,
+  )
 
-  Args:
-    config: of the run.
-    num_units: records or clients that are protected, to check `delta_dp` by.
 
-  Raises:
-    ValueError: naming the setting that is missing or out of range.
-  """
-  return calibration.diff2(
-    *calibration.check_target(config.epsilon_dp, config.delta_dp, num_units),
-    num_rounds=config.num_rounds,
-    restart_interval=(
-      1 if config.method == 'dp_gd' else config.restart_interval
-    ),
-    budget_share=config.budget_share,
+def _dp_sketch(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
+  rate, own = _filled(config.learning_rate), {}
+  if config.privacy_unit == 'client':
+    rate = config.server_lr or 1.0
+    own = {
+      'client_optimizer': _client_optimizer(config),
+      'local_steps': config.local_steps or 1,
+      'batch_size': config.batch_size,
+    }
+  elif config.server_lr is not None or config.local_steps is not None:
+    raise ValueError(
+      'server_lr and local_steps are for privacy_unit client; a record has'
+      ' learning_rate alone'
+    )
+  return dp_sketch.dp_sketch(
+    loss_fn,
+    keys.root(config.seed),
+    plan=plans.sketch(config, num_examples),
+    learning_rate=_schedule(config, config.schedule, rate),
+    clip_norm=config.clip_norm,
+    num_examples=num_examples,
+    unit=config.privacy_unit,
+    distribution=config.distribution,
+    microbatch_size=config.microbatch_size,
+    **own,
   )
 
 
 def _diff2(
-  config: Config,
-  loss_fn: jt.LossFn,
-  num_examples: Sequence[int] | np.ndarray | None,
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
 ) -> method_lib.Method:
-  count = None
-  if num_examples is not None:
-    by_client = config.privacy_unit == 'client'
-    count = len(num_examples) if by_client else sum(map(int, num_examples))
   return diff2.diff2(
     loss_fn,
-    plan=plan_of(config, count),
+    plan=plans.diff2(config, num_examples),
     learning_rate=_schedule(
       config, config.schedule, _filled(config.learning_rate)
     ),
@@ -218,24 +260,37 @@ _DP_GD = frozenset(
   | {'clip_norm', 'microbatch_size', 'research_float_noise'}
 )
 _DIFF2 = _DP_GD | {
-  'clip_norm_diff', 'restart_interval', 'budget_share', 'allow_unstable'
+  'clip_norm_diff', 'restart_interval', 'budget_share', 'allow_unstable',
+  'local_steps', 'sampling_rate', 'local_share',
 }  # fmt: skip
+_DP_SKETCH = (_DP_GD - {'research_float_noise'}) | {
+  'coordinates', 'distribution', 'local_steps', 'server_lr',
+  'client_optimizer', 'weight_decay',
+}  # fmt: skip
+# read by methods of scalars if they have a budget, and what they then don't
+_PRIVATE_SCALARS = frozenset(
+  {'delta_dp', 'clip_norm', 'microbatch_size', 'research_float_noise'}
+)
+_NOT_PRIVATE = frozenset({'sides', 'codec_scale'})
 
 METHODS = {
   'spsa': Entry(
     _spsa,
     {'learning_rate': 0.014, 'num_perturbations': 16, 'codec': 'log8'},
     _SPSA,
+    {'codec': 'linear8'},
   ),
   'fedkseed': Entry(
     _fedkseed,
     {'learning_rate': 9e-4, 'local_steps': 16, 'codec': 'log8'},
     _FEDKSEED,
+    {'codec': 'linear8'},
   ),
   'fedkseed_pro': Entry(
     _fedkseed,
     {'learning_rate': 9e-4, 'local_steps': 16, 'codec': 'log8'},
     _FEDKSEED | {'importance_weight'},
+    {'codec': 'linear8'},
   ),
   'decomfl': Entry(
     _decomfl,
@@ -261,8 +316,9 @@ METHODS = {
     {'learning_rate': 0.3, 'local_steps': 1, 'server_lr': 1.0},
     _FED - {'local_steps'},
   ),
-  'dp_gd': Entry(_diff2, {'learning_rate': 0.3}, _DP_GD, private=True),
-  'diff2': Entry(_diff2, {'learning_rate': 0.3}, _DIFF2, private=True),
+  'dp_gd': Entry(_diff2, {'learning_rate': 0.3}, _DP_GD),
+  'diff2': Entry(_diff2, {'learning_rate': 0.3}, _DIFF2),
+  'dp_sketch': Entry(_dp_sketch, {'learning_rate': 0.3}, _DP_SKETCH),
 }  # fmt: skip
 
 
@@ -289,6 +345,14 @@ def resolve(config: Config) -> Config:
       f'method must be one of {", ".join(METHODS)}; got {config.method!r}'
     )
   entry = METHODS[config.method]
+  if entry.if_private is not None:
+    reads = entry.settings | {'epsilon_dp'}
+    if config.epsilon_dp is not None:
+      reads = (reads | _PRIVATE_SCALARS) - _NOT_PRIVATE
+      entry = dataclasses.replace(
+        entry, defaults=entry.defaults | entry.if_private
+      )
+    entry = dataclasses.replace(entry, settings=reads)
   own = frozenset().union(*(e.settings for e in METHODS.values()))
   changed = {
     f.name
@@ -332,7 +396,7 @@ def no_loss(params, batch):
 def build_method(
   config: Config,
   loss_fn: jt.LossFn,
-  num_examples: Sequence[int] | np.ndarray | None = None,
+  num_examples: NumExamples = None,
 ) -> method_lib.Method:
   """The method of a resolved config.
 
@@ -340,16 +404,14 @@ def build_method(
     config: of the run.
     loss_fn: params, batch -> float[].
     num_examples: of the clients; a private method without them can follow
-      releases, but can't make any.
+      the log, but can't make any of it.
 
   Raises:
     UsageError: for combinations that the method refuses.
   """
-  entry = METHODS[config.method]
-  given = (num_examples,) if entry.private else ()
   try:
-    method = entry.build(config, loss_fn, *given)
-  except ValueError as error:
+    method = METHODS[config.method].build(config, loss_fn, num_examples)
+  except (ImportError, ValueError) as error:
     raise UsageError(str(error)) from error
   if config.objective != 'loss' and method.backwards:
     raise UsageError(

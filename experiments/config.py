@@ -131,7 +131,8 @@ class Config:
   local_steps: int | None = _setting(
     None,
     'Steps of a client in a round; fed_avg and ferret: 8, fedkseed: 16,'
-    ' decomfl: 1.',
+    ' decomfl: 1. Of diff2: above 1, every second round is a turn of one client'
+    ' that takes them by itself; 1.',
   )
   # zeroth order: spsa, fedkseed, fedkseed_pro, decomfl
   num_perturbations: int | None = _setting(
@@ -176,9 +177,11 @@ class Config:
   max_block_size: int = _setting(
     1 << 14, 'Entries of a block; larger tensors are cut.'
   )
-  # private: dp_gd, diff2
+  # private: dp_gd, diff2, dp_sketch; spsa and fedkseed if epsilon_dp is given
   epsilon_dp: float | None = _setting(
-    None, 'Privacy budget of the whole run, at delta_dp.'
+    None,
+    'Privacy budget of the whole run, at delta_dp; makes spsa, fedkseed and'
+    ' fedkseed_pro private.',
   )
   delta_dp: float | None = _setting(
     None, 'Below one over the number of examples.'
@@ -186,7 +189,9 @@ class Config:
   privacy_unit: str = _setting(
     'record', 'What is protected: a record or a client, replaced by another.'
   )
-  clip_norm: float = _setting(1.0, "Bound of an example's gradient.")
+  clip_norm: float = _setting(
+    1.0, "Bound of an example's gradient, projected gradient or sketch."
+  )
   clip_norm_diff: float = _setting(
     1.0, 'Bound of a difference of gradients, over the length of the step.'
   )
@@ -194,12 +199,20 @@ class Config:
     20, 'Rounds from one whole gradient to the next; the rest are differences.'
   )
   budget_share: float = _setting(0.5, 'Of the budget, for whole gradients.')
+  sampling_rate: float | None = _setting(
+    None, 'Of the secret Poisson samples of local steps of diff2.'
+  )
+  local_share: float = _setting(
+    0.2, 'Of the budget, for the local steps of diff2.'
+  )
   microbatch_size: int = _setting(64, 'Gradients that a client holds at once.')
   allow_unstable: bool = _setting(
     False, 'Run although the noise of differences grows without end.'
   )
   research_float_noise: bool = _setting(
-    False, 'Float noise, which only resembles the mechanism; there is no other.'
+    False,
+    'Float noise, which only resembles the mechanism; gradients have no other,'
+    ' nor does codec float32.',
   )
   # the run
   seed: int = _setting(0, 'Seed of the run, 64 bits.')

@@ -2,22 +2,55 @@
 
 from typing import Any
 
-from experiments import build
+from experiments import plans
 from experiments.config import Config
 from jaxfl import accounting, calibration
 from jaxfl import plan as plan_lib
 
 _SAMPLER = 'none: every client takes part in every round, with all its examples'
-_MECHANISM = 'Gaussian noise, added by an aggregator that clients trust'
-_CAVEATS = (
-  'The noise is of floats and only resembles the mechanism: research use.',
-  'Covered are the weights and the log. Whoever sees messages, or choices made'
-  ' after looking at private losses, knows more.',
+_FLOATS = (
+  'The noise is of floats and only resembles the mechanism: research use.'
+)
+_COVERED = (
+  'Covered are {covered}. Whoever sees {more}choices made after looking at'
+  ' private losses, knows more.'
 )
 _SCALED = (
   'Features are scaled by what the data hold (feature_scaling), which the'
   ' guarantee does not cover; auto and none are covered.'
 )
+
+
+def _words(plan: plans.Plan) -> tuple[str, str, bool, str]:
+  """Mechanism, sampler, whether noise is of floats, and the accountant."""
+  if isinstance(plan, plan_lib.ScalarPlan):
+    floats = plan.law == 'gaussian'
+    law = 'Gaussian' if floats else 'discrete Gaussian'
+    return (
+      f'{law} noise, added by every client to each of its {plan.num_scalars}'
+      ' scalars of a round: nobody is trusted',
+      _SAMPLER,
+      floats,
+      'gdp' if floats else 'pld',
+    )
+  if isinstance(plan, plan_lib.SketchPlan):
+    return (
+      f'discrete Gaussian noise on {plan.coordinates} coordinates, added by an'
+      ' aggregator that clients trust',
+      _SAMPLER,
+      False,
+      'rdp',
+    )
+  trusted = 'Gaussian noise, added by an aggregator that clients trust'
+  if plan.local_steps == 1:
+    return trusted, _SAMPLER, True, 'gdp'
+  return (
+    f'{trusted}, and by the client whose turn it is to its local steps',
+    f'local steps: Poisson, rate {plan.sampling_rate:g}, secret; otherwise all'
+    ' examples',
+    True,
+    'pld',
+  )
 
 
 def describe(config: Config, num_examples) -> dict[str, Any]:
@@ -27,8 +60,20 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
     config: resolved, of a private method.
     num_examples: of the clients.
   """
-  plan = build.plan_of(config)
+  plan = plans.of(config)
+  mechanism, sampler, floats, accountant = _words(plan)
   scaled = config.feature_scaling in ('minmax', 'standard')
+  covered = (
+    {
+      'covered': 'messages, weights and log',
+      'more': '',
+    }
+    if isinstance(plan, plan_lib.ScalarPlan)
+    else {
+      'covered': 'the weights and the log',
+      'more': 'messages, or ',
+    }
+  )
   return {
     'epsilon_dp': config.epsilon_dp,
     'delta_dp': config.delta_dp,
@@ -36,29 +81,38 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
     'adjacency': plan_lib.ADJACENCIES[plan.adjacency].replace(
       'example', config.privacy_unit
     ),
-    'mechanism': _MECHANISM,
-    'sampler': _SAMPLER,
+    'mechanism': mechanism,
+    'sampler': sampler,
+    'accountant': accountant,
     'num_examples': [int(n) for n in num_examples],
     'plan': plan._asdict(),
     'epsilon_spent_if_all_rounds_run': spent(config, config.num_rounds),
-    'caveats': [*_CAVEATS, *([_SCALED] if scaled else [])],
+    'caveats': [
+      *([_FLOATS] if floats else []),
+      _COVERED.format(**covered),
+      *([_SCALED] if scaled else []),
+    ],
   }
 
 
 def spent(config: Config, rounds: int) -> float:
-  """Epsilon after so many rounds, by the closed form."""
-  plan = build.plan_of(config)
+  """Epsilon after so many rounds, which a turn of a client is one of."""
+  plan = plans.of(config)
   _, delta = calibration.check_target(config.epsilon_dp, config.delta_dp)
-  found = accounting.spent(plan.rounds(), delta, 'gdp', after=[rounds])
-  return float(found[0])
+  done = -(-rounds // getattr(plan, 'exchanges', 1))
+  *_, accountant = _words(plan)
+  return float(
+    accounting.spent(plan.rounds(), delta, accountant, after=[done])[0]
+  )
 
 
 def text(found: dict[str, Any]) -> str:
   """Lines to show before a run."""
   plan = found['plan']
   noise = f'{plan["noise_multiplier"]:.4g}'
-  if plan['noise_multiplier_diff']:
-    noise += f' and {plan["noise_multiplier_diff"]:.4g} for differences'
+  for name, of in (('diff', 'differences'), ('local', 'local steps')):
+    if value := plan.get(f'noise_multiplier_{name}'):
+      noise += f', {value:.4g} for {of}'
   return '\n'.join(
     (
       f'private: epsilon_dp {found["epsilon_dp"]:g}, delta_dp'

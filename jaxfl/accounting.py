@@ -33,6 +33,7 @@ from jaxfl.events import (
   Event,
   Gaussian,
   IntegerNoise,
+  IntegerVector,
   PoissonGaussian,
   Round,
   add_to,
@@ -136,6 +137,10 @@ def library() -> Any:
 def _pld(events: tuple[Event, ...], delta: float) -> float:
   steps = [_STEP]
   for event in events:
+    if isinstance(event, IntegerVector):
+      raise ValueError(
+        'the loss distribution of an IntegerVector is not known; use rdp'
+      )
     if isinstance(event, IntegerNoise):
       std = event.scale**0.5 if event.law == 'skellam' else event.scale
       steps.append(0.05 * event.sensitivity / std)  # of a typical loss
@@ -220,6 +225,8 @@ def _rdp_of(event: Event) -> np.ndarray:
   accountant = dp.rdp.RdpAccountant()
   if isinstance(event, IntegerNoise):
     return _rdp_of_integers(event, accountant.orders)
+  if isinstance(event, IntegerVector):  # entries add up to that of a Gaussian
+    return accountant.orders / (2 * event.noise_multiplier**2)
   release = dp.GaussianDpEvent(event.noise_multiplier)
   if isinstance(event, PoissonGaussian):
     release = dp.PoissonSampledDpEvent(event.sampling_rate, release)

@@ -23,7 +23,8 @@ from collections.abc import Callable
 
 from scipy import optimize
 
-from jaxfl import accounting, checks, events, gdp, private_scalars
+from jaxfl import accounting, checks, events, gdp
+from jaxfl import plan as plan_lib
 from jaxfl.plan import Plan
 
 
@@ -112,6 +113,7 @@ def _split(mu, num_rounds, restart_interval, budget_share) -> Plan:
   )
 
 
+@functools.cache
 def diff2_local(
   epsilon_dp: float,
   delta_dp: float,
@@ -206,7 +208,7 @@ def scalars(
   num_rounds: int,
   num_scalars: int,
   law: str = 'discrete_gaussian',
-) -> private_scalars.Plan:
+) -> plan_lib.ScalarPlan:
   """The noise of private scalars, at most 0.1 % above what is needed.
 
   Args:
@@ -230,7 +232,36 @@ def scalars(
     z = integer_noise(
       epsilon_dp, delta_dp, law=law, sensitivity=1, count=count
     ).scale
-  return private_scalars.Plan(num_rounds, num_scalars, z, law)
+  return plan_lib.ScalarPlan(num_rounds, num_scalars, z, law)
+
+
+@functools.cache
+def sketch(
+  epsilon_dp: float, delta_dp: float, *, num_rounds: int, coordinates: int
+) -> plan_lib.SketchPlan:
+  """The noise of a private sketch, at most 0.1 % above what is needed.
+
+  Args:
+    epsilon_dp: of the whole run, by Renyi divergences.
+    delta_dp: likewise.
+    num_rounds: R.
+    coordinates: of a release.
+
+  Raises:
+    ValueError: for a target or a setting out of range; names the field.
+  """
+  check_target(epsilon_dp, delta_dp)
+  _at_least('num_rounds', num_rounds, 1)
+  _at_least('coordinates', coordinates, 1)
+
+  def cost(z):
+    event = events.IntegerVector(z, num_rounds)
+    return accounting.epsilon([(event,)], delta_dp, 'rdp')
+
+  guess = 1.08 * math.sqrt(num_rounds) / gdp.mu_of(epsilon_dp, delta_dp)
+  return plan_lib.SketchPlan(
+    num_rounds, coordinates, _smallest(cost, epsilon_dp, guess)
+  )
 
 
 def _smallest(

@@ -10,6 +10,7 @@ adjacency that is claimed:
     PoissonGaussian    a sum over a secret        dropped (C)
                        Poisson sample
     IntegerNoise       one integer                replaced or dropped
+    IntegerVector      a vector of integers       replaced or dropped
 
 A replaced example is another one, a dropped one adds zero. One claim needs one
 of the two, for all of its events.
@@ -76,7 +77,24 @@ class IntegerNoise:
   count: int = 1
 
 
-Event = Gaussian | PoissonGaussian | IntegerNoise
+@dataclasses.dataclass(frozen=True)
+class IntegerVector:
+  """Discrete Gaussian noise on the entries of an integer vector.
+
+  It has a bound on its Renyi divergence, that of the Gaussian; accountant
+  `rdp`.
+
+  Attributes:
+    noise_multiplier: sigma of an entry over the sensitivity of the vector in
+      the Euclidean norm, > 0.
+    count: how often it is released.
+  """
+
+  noise_multiplier: float
+  count: int = 1
+
+
+Event = Gaussian | PoissonGaussian | IntegerNoise | IntegerVector
 Round = tuple[Event, ...]
 
 
@@ -151,7 +169,8 @@ def from_dicts(found: Sequence[Mapping[str, Any]]) -> Round:
     ValueError: for an unknown event, or fields that do not fit it.
   """
   kinds: dict[str, Any] = {
-    kind.__name__: kind for kind in (Gaussian, PoissonGaussian, IntegerNoise)
+    kind.__name__: kind
+    for kind in (Gaussian, PoissonGaussian, IntegerNoise, IntegerVector)
   }
   events = []
   for fields in found:

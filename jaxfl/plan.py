@@ -1,4 +1,6 @@
-"""What DIFF2 releases in which round, and under how much noise.
+"""What a private run releases in which round, and under how much noise.
+
+DIFF2 and DP-GD (`Plan`):
 
     r % T == 0   v_r = mean clip(g(x_r), C1) + noise
     else         v_r = v_{r-1} + mean clip(g(x_r) - g(x_{r-1}), c_r) + noise
@@ -110,3 +112,55 @@ def noise_growth(
   step = learning_rate * clip_norm_diff / num_examples
   rho = moved * plan.noise_multiplier_diff * step * math.sqrt(num_params)
   return rho**2 * plan.restart_interval
+
+
+class ScalarPlan(NamedTuple):
+  """Scalars that a client sends in a run; see `jaxfl.private_scalars`.
+
+  Attributes:
+    num_rounds: R.
+    num_scalars: K, of a client in a round.
+    noise_multiplier: z, the noise over the sensitivity of a scalar.
+    law: of the noise: `discrete_gaussian`, or `gaussian` for floats.
+  """
+
+  num_rounds: int
+  num_scalars: int
+  noise_multiplier: float
+  law: str = 'discrete_gaussian'
+
+  @property
+  def adjacency(self) -> str:
+    """What the multiplier is relative to: a key of `ADJACENCIES`."""
+    return 'replace'
+
+  def rounds(self) -> list[events.Round]:
+    """The events of every round, for an example of a client in all of them."""
+    z, count = self.noise_multiplier, self.num_scalars
+    event = events.Gaussian(z, count)
+    if self.law != 'gaussian':
+      event = events.IntegerNoise(self.law, z, 1, count)
+    return [(event,)] * self.num_rounds
+
+
+class SketchPlan(NamedTuple):
+  """Sketches that a run releases; see `jaxfl.methods.dp_sketch`.
+
+  Attributes:
+    num_rounds: R.
+    coordinates: K.
+    noise_multiplier: z, the noise of a coordinate over the sensitivity of all.
+  """
+
+  num_rounds: int
+  coordinates: int
+  noise_multiplier: float
+
+  @property
+  def adjacency(self) -> str:
+    """What the multiplier is relative to: a key of `ADJACENCIES`."""
+    return 'replace'
+
+  def rounds(self) -> list[events.Round]:
+    """The events of every round."""
+    return [(events.IntegerVector(self.noise_multiplier),)] * self.num_rounds

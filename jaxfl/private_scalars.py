@@ -16,7 +16,7 @@ sensitivity. Cutting to the range comes after the noise and is free.
 from the noisy value like everybody else: messages are what is accounted for, so
 that the log holds them as it does without privacy. The price is that noise is
 relative to the examples of one client. Other methods release means over all
-clients (`jaxfl.methods.diff2`, `jaxfl.methods.private_sketch`).
+clients (`jaxfl.methods.diff2`, `jaxfl.methods.dp_sketch`).
 
 Every release is one of R rounds with K scalars, all with noise z times the
 sensitivity, fixed before the run. How many it can be is limited by the byte: it
@@ -37,41 +37,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import checks, codecs, discrete, events, keys
+from jaxfl import checks, codecs, discrete, keys
 from jaxfl import noise as noise_lib
+from jaxfl import plan as plan_lib
 from jaxfl import typing as jt
 
 LARGEST = {'linear8': 127, 'linear16': 32767}  # code of a codec
 CODECS = (*LARGEST, 'float32')
-
-
-class Plan(NamedTuple):
-  """What a client sends in a run, and under which noise.
-
-  Attributes:
-    num_rounds: R.
-    num_scalars: K, of a client in a round.
-    noise_multiplier: z, the noise over the sensitivity of a scalar.
-    law: of the noise: `discrete_gaussian`, or `gaussian` for floats.
-  """
-
-  num_rounds: int
-  num_scalars: int
-  noise_multiplier: float
-  law: str = 'discrete_gaussian'
-
-  @property
-  def adjacency(self) -> str:
-    """What the multiplier is relative to: a key of `plan.ADJACENCIES`."""
-    return 'replace'
-
-  def rounds(self) -> list[events.Round]:
-    """The events of every round, for an example of a client in all of them."""
-    z, count = self.noise_multiplier, self.num_scalars
-    event = events.Gaussian(z, count)
-    if self.law != 'gaussian':
-      event = events.IntegerNoise(self.law, z, 1, count)
-    return [(event,)] * self.num_rounds
 
 
 class Settings(NamedTuple):
@@ -87,7 +59,7 @@ class Settings(NamedTuple):
       the mechanism that is accounted for.
   """
 
-  plan: Plan
+  plan: plan_lib.ScalarPlan
   clip_norm: float
   num_examples: Sequence[int] | np.ndarray | None
   microbatch_size: int = 64

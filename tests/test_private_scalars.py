@@ -7,13 +7,14 @@ import pytest
 
 from jaxfl import calibration, codecs, events, keys, noise, private_scalars
 from jaxfl import method as method_lib
+from jaxfl import plan as plan_lib
 from jaxfl.methods import fedkseed, spsa
 from jaxfl.runtime import simulate
 
 SIZES = (40, 30, 36)
 ROOT = keys.root(7)
 ENTROPY = bytes(range(32))
-QUIET = private_scalars.Plan(60, 4, 1e-3)
+QUIET = plan_lib.ScalarPlan(60, 4, 1e-3)
 
 
 def loss_fn(params, batch):
@@ -153,7 +154,7 @@ def test_padding_and_infinite_examples_add_nothing():
 
 
 def test_noise_has_its_law():
-  plan = private_scalars.Plan(50, 4, 9.0)
+  plan = plan_lib.ScalarPlan(50, 4, 9.0)
   send = sender(build(privacy=settings(plan)))
   found = np.stack(
     [send(data(), r, hidden=True) - send(data(), r) for r in range(50)]
@@ -163,7 +164,7 @@ def test_noise_has_its_law():
 
 
 def test_a_loud_code_is_cut_to_its_byte():
-  loud = settings(private_scalars.Plan(4, 4, 400.0))
+  loud = settings(plan_lib.ScalarPlan(4, 4, 400.0))
   sent = sender(build(privacy=loud))(data(), hidden=True)
   assert sent.min() == -127
   assert sent.max() == 127
@@ -173,7 +174,7 @@ def test_a_loud_code_is_cut_to_its_byte():
 @pytest.mark.parametrize('codec', ['linear8', 'float32'])
 def test_learns_and_counts(name, codec):
   law = 'gaussian' if codec == 'float32' else 'discrete_gaussian'
-  plan = private_scalars.Plan(60, 4, 0.7, law)
+  plan = plan_lib.ScalarPlan(60, 4, 0.7, law)
   privacy = settings(plan, research_float_noise=True)
   rounds = run(build(name, codec, privacy), num_rounds=60)
   whole = {
@@ -208,7 +209,7 @@ def test_plan_is_what_is_accounted_for():
 
 
 def test_more_rounds_than_planned_are_refused():
-  plan = private_scalars.Plan(2, 4, 1.0)
+  plan = plan_lib.ScalarPlan(2, 4, 1.0)
   with pytest.raises(ValueError, match='the budget is spent'):
     run(build(privacy=settings(plan)), num_rounds=3)
 

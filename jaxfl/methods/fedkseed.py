@@ -215,20 +215,20 @@ def fedkseed(
       g = g[0].astype(jnp.float32)
       return g, g, loss
 
-    def hidden(perturbed, direction, batch):
-      """The same; all go on from what others decode."""
-      noise, dither = batch
-      units, loss = hide.measure(
-        loss_fn, functools.partial(perturbed, direction), examples, radius
-      )
-      sent = hide.encode(units, party.id, noise, dither)
-      return sent, code.decode(sent[None], 1)[0], loss
-
     if hide is not None:
-      measured = hidden
+      measure, encode = hide.measure, hide.encode
       examples = jax.tree.map(lambda x: x[0], batches['examples'])
       steps = np.arange(local_steps, dtype=np.uint32)
       batches = batches['noise'][0], keys.fold(key, steps)
+
+      def measured(perturbed, direction, batch):
+        """The same; all go on from what others decode."""
+        noise, dither = batch
+        units, loss = measure(
+          loss_fn, functools.partial(perturbed, direction), examples, radius
+        )
+        sent = encode(units, party.id, noise, dither)
+        return sent, code.decode(sent[None], 1)[0], loss
 
     def step(params, x):
       direction, weight, batch = x

@@ -157,17 +157,18 @@ def spsa(
       return estimators.cast(params, forward_dtype)
 
     if hide is not None:
+      measure, encode = hide.measure, hide.encode
       given = jax.tree.map(lambda x: x[0], batches)
 
       def hidden(x):
         direction, noise, key = x
-        units, loss = hide.measure(
+        units, loss = measure(
           loss_fn,
           functools.partial(perturbed, direction),
           given['examples'],
           radius,
         )
-        return hide.encode(units, party.id, noise, key), loss
+        return encode(units, party.id, noise, key), loss
 
       dither = keys.fold(key, np.arange(num_perturbations, dtype=np.uint32))
       message, losses = jax.lax.map(
