@@ -11,9 +11,13 @@ _SAMPLER = 'none: every client takes part in every round, with all its examples'
 _FLOATS = (
   'The noise is of floats and only resembles the mechanism: research use.'
 )
-_COVERED = (
-  'Covered are {covered}. Whoever sees {more}choices made after looking at'
-  ' private losses, knows more.'
+_RELEASES = (
+  'Covered are weights and log. Messages to the aggregator are not, nor choices'
+  ' made after looking at private losses.'
+)
+_MESSAGES = (
+  'Covered are messages, weights and log; choices made after looking at private'
+  ' losses are not.'
 )
 _SCALED = (
   'Features are scaled by what the data hold (feature_scaling), which the'
@@ -63,17 +67,7 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
   plan = plans.of(config)
   mechanism, sampler, floats, accountant = _words(plan)
   scaled = config.feature_scaling in ('minmax', 'standard')
-  covered = (
-    {
-      'covered': 'messages, weights and log',
-      'more': '',
-    }
-    if isinstance(plan, plan_lib.ScalarPlan)
-    else {
-      'covered': 'the weights and the log',
-      'more': 'messages, or ',
-    }
-  )
+  scalars = isinstance(plan, plan_lib.ScalarPlan)
   return {
     'epsilon_dp': config.epsilon_dp,
     'delta_dp': config.delta_dp,
@@ -89,7 +83,7 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
     'epsilon_spent_if_all_rounds_run': spent(config, config.num_rounds),
     'caveats': [
       *([_FLOATS] if floats else []),
-      _COVERED.format(**covered),
+      _MESSAGES if scalars else _RELEASES,
       *([_SCALED] if scaled else []),
     ],
   }

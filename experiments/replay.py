@@ -75,7 +75,8 @@ def rebuild(directory: str | pathlib.Path, until_round: int | None = None):
       base = checkpoint.load_base(
         workdir.base, header.params, header.base_digest
       )
-      method = build.build_method(config, build.no_loss)
+      sizes = header.config.get('num_examples')
+      method = build.build_method(config, build.no_loss, sizes)
       uniform = dataclasses.replace(config, weighting='uniform')
       population = build.build_population(uniform, method, None)  # its size
       state, rounds = method.init(base), 0

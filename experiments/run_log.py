@@ -14,12 +14,14 @@ from jaxfl import method as method_lib
 from jaxfl.models import native
 from jaxfl.runtime import distributed
 
-DIGESTS = ('data_digest', 'frozen_digest')  # in a log beside the settings
+DIGESTS = ('data_digest', 'frozen_digest')
+# in a log beside the settings; the last of private runs only
+_BESIDE = (*DIGESTS, 'num_examples')
 
 
 def settings_of(header: log_lib.Header) -> dict[str, Any]:
   """The settings that a run was started with."""
-  return {k: v for k, v in header.config.items() if k not in DIGESTS}
+  return {k: v for k, v in header.config.items() if k not in _BESIDE}
 
 
 def header_of(
@@ -28,17 +30,21 @@ def header_of(
   """The header of a run's log.
 
   A private run's has no digest of the data: whoever knows all records but one
-  could try what the last one is.
+  could try what the last one is. It has the numbers of examples, which are
+  public, and the scale of what is released.
   """
   base = problem.params
   digests = dict.fromkeys(DIGESTS, '') | {
     'data_digest': '' if method.private else problem.task.digest,
     'frozen_digest': digest_lib.digest(problem.frozen),
   }
+  sizes = {}
+  if method.private:
+    sizes['num_examples'] = [int(n) for n in problem.task.num_examples]
   return log_lib.Header(
     spec=keys.SPEC,
     base_digest=digest_lib.digest(base),
-    config=dataclasses.asdict(config) | digests,
+    config=dataclasses.asdict(config) | digests | sizes,
     params=wire.describe(base),
     message=wire.describe(method.recorded(base)),
   )

@@ -52,8 +52,8 @@ class Settings(NamedTuple):
   Attributes:
     plan: of the run, from `calibration.scalars`.
     clip_norm: C, of the projected gradient of an example.
-    num_examples: of every client, which is public; None for a replica that has
-      none of them and follows messages.
+    num_examples: of every client, which is public: the smallest is the scale
+      of all messages. None is for looking at a method before there are data.
     microbatch_size: examples whose losses a client computes at once.
     research_float_noise: needed by the codec `float32`; floats only resemble
       the mechanism that is accounted for.
@@ -130,7 +130,6 @@ def mechanism(settings: Settings, codec: str) -> Mechanism:
       ' noise'
     )
   known = settings.num_examples is not None
-  # without clients, two that nobody asks for
   sizes = np.array(settings.num_examples if known else [2], np.int64)
   if not sizes.size or sizes.min() < 2:
     raise ValueError(

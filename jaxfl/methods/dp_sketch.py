@@ -109,8 +109,8 @@ def dp_sketch(
     learning_rate: of the mean sketch; a number or a function of the round.
     clip_norm: C, of the sketch of a gradient or update, scaled so that it is
       about as long as that.
-    num_examples: of every client, which is public; None for a replica that has
-      none of them and follows releases.
+    num_examples: of every client, which is public: releases are sums over all
+      of them. None is for looking at a method before there are data.
     unit: what the guarantee is for, `record` or `client`.
     client_optimizer: of local steps, needed for the unit `client`.
     local_steps: of a client in a round; 1 for the unit `record`.
