@@ -271,9 +271,7 @@ STUDIES = {
       'FedKSeed': _TEXT_POOL,
       'FedKSeed-Pro': _TEXT_POOL | {'method': 'fedkseed_pro'},
       'DeComFL': {'method': 'decomfl', 'num_rounds': 30},
-      'Ferret, K = 8192': _TEXT_FERRET,
-      'Ferret, K = 32768': _TEXT_FERRET
-      | {'coordinates': 32768, 'server_lr': 0.25},
+      'Ferret': _TEXT_FERRET,
       'FedAvg': {'config': 'experiments/configs/fed_avg.py'},
     },
     ('bits_per_byte', 'accuracy'),
