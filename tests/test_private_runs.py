@@ -115,6 +115,65 @@ def test_two_runs_have_different_noise(npz, run, tmp_path):
   assert other['digest'] != summary['digest']
 
 
+SCALARS = {'mu': 0.01, 'clip_norm': 2.0, 'num_rounds': 6}
+OTHERS = {
+  'spsa': SCALARS | {'method': 'spsa', 'num_perturbations': 4},
+  'fedkseed': SCALARS
+  | {'method': 'fedkseed', 'local_steps': 4, 'num_seeds': 64},
+  'dp_sketch': {'method': 'dp_sketch', 'coordinates': 8, 'num_rounds': 6},
+  'local steps': {
+    'num_rounds': 6, 'local_steps': 3, 'sampling_rate': 0.3,
+    'restart_interval': 2, 'epsilon_dp': 200.0, 'research_float_noise': True,
+  },
+}  # fmt: skip
+PRIVATE = {
+  'restart_interval': 20,
+  'clip_norm_diff': 1.0,
+  'research_float_noise': False,
+}
+
+
+@pytest.mark.parametrize('name', OTHERS)
+def test_other_mechanisms_run_and_replay(npz, tmp_path, name):
+  """From the log alone, whose scale is public."""
+  settings = (PRIVATE if name != 'local steps' else {}) | OTHERS[name]
+  config = config_of(npz, **settings)
+  summary = runner.run(config, tmp_path / 'run')
+  found = json.loads((tmp_path / 'run' / 'privacy.json').read_text())
+  assert found['epsilon_spent_if_all_rounds_run'] <= config.epsilon_dp
+  assert summary['epsilon_spent'] == pytest.approx(config.epsilon_dp, rel=2e-3)
+  params, rounds, _ = replay.rebuild(tmp_path / 'run')
+  replay.compare(params, rounds, Workdir(tmp_path / 'run'))
+  log = (tmp_path / 'run' / 'rounds.log').read_bytes()
+  (tmp_path / 'run' / 'summary.json').unlink()
+  again = runner.run(config, tmp_path / 'run')
+  assert again['digest'] == summary['digest']
+  assert (tmp_path / 'run' / 'rounds.log').read_bytes() == log
+
+
+@pytest.mark.parametrize(
+  ('name', 'changes', 'message'),
+  [
+    ('spsa', {'codec': 'log8'}, 'codec of private scalars must be one of'),
+    ('spsa', {'codec': 'float32'}, 'research_float_noise must be set'),
+    ('spsa', {'sides': 'one_sided'}, 'sides does not apply'),
+    ('spsa', {'privacy_unit': 'client'}, 'privacy_unit does not apply'),
+    ('spsa', {'epsilon_dp': None}, 'clip_norm does not apply'),
+    ('spsa', {'delta_dp': None}, 'delta_dp is missing'),
+    ('dp_sketch', {'local_steps': 2}, 'for privacy_unit client'),
+    ('dp_sketch', {'delta_dp': 0.01}, 'one over 200 examples or more'),
+    ('local steps', {'sampling_rate': None}, 'local_steps need sampling_rate'),
+    ('local steps', {'local_steps': 1}, 'sampling_rate is of local steps'),
+    ('local steps', {'sampling_rate': 1.5}, 'sampling_rate must be in'),
+  ],
+)
+def test_other_mechanisms_refuse(npz, tmp_path, name, changes, message):
+  settings = (PRIVATE if name != 'local steps' else {}) | OTHERS[name]
+  with pytest.raises(UsageError, match=message):
+    runner.run(config_of(npz, **(settings | changes)), tmp_path / 'run')
+  assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.slow
 def test_dp_gd(npz, tmp_path):
   config = config_of(npz, method='dp_gd', clip_norm_diff=1.0,

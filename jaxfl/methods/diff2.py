@@ -130,7 +130,8 @@ def diff2(
     raise ValueError(
       f'noise_multiplier must be > 0, got {plan.noise_multiplier}'
     )
-  if plan.restart_interval > 1 and not plan.noise_multiplier_diff > 0:
+  differences = min(plan.restart_interval, plan.num_rounds) > 1
+  if differences and not plan.noise_multiplier_diff > 0:
     raise ValueError(
       'noise_multiplier_diff must be > 0 between restarts, got'
       f' {plan.noise_multiplier_diff}'
