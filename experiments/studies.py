@@ -119,6 +119,35 @@ _MNIST = {
   'eval_batch_size': 500,
   'eval_every': 5,
 }
+# SST-2 by MiniLM features, evenly spread; all examples in every round
+_HIDDEN = {
+  'dataset': 'minilm_sst2',
+  'num_clients': 8,
+  'block_size': 8,
+  'eval_examples': 0,
+  'eval_batch_size': 512,
+  'eval_every': 10,
+  'snapshot_every': 1000,
+}
+_HIDDEN_SPSA = _HIDDEN | {
+  'num_perturbations': 8,
+  'mu': 0.01,
+  'learning_rate': 0.4,
+  'schedule': 'linear',
+}
+_BUDGET = {'delta_dp': 1e-5, 'clip_norm': 4.0, 'microbatch_size': 865}
+# epsilon and rounds: more than these do not fit the byte
+_PRIVATE_ROUNDS = {1: 40, 3: 100, 8: 300}
+_EPSILON_3 = _BUDGET | {'epsilon_dp': 3.0, 'num_rounds': 100}
+_GRADIENTS = _HIDDEN | {
+  'epsilon_dp': 3.0,
+  'delta_dp': 1e-5,
+  'clip_norm': 2.0,
+  'num_rounds': 30,
+  'learning_rate': 1.0,
+  'microbatch_size': 128,
+  'eval_every': 3,
+}
 # rounds and steps of about 2,400 steps in all
 _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 # the default task, where every client has a package of its own
@@ -227,6 +256,39 @@ STUDIES = {
     },
     ('bits_per_byte', 'accuracy'),
     needs=(),
+  ),
+  'private_sst2': Study(
+    'Private scalars, sketches and gradients; SST-2 features, 8 clients',
+    {
+      f'one byte, epsilon {epsilon}': _HIDDEN_SPSA
+      | _BUDGET
+      | {'epsilon_dp': float(epsilon), 'num_rounds': rounds}
+      for epsilon, rounds in _PRIVATE_ROUNDS.items()
+    }
+    | {
+      'one byte, no privacy': _HIDDEN_SPSA
+      | {'batch_size': 865, 'num_rounds': 300},
+      '16 bits, epsilon 3': _HIDDEN_SPSA | _EPSILON_3 | {'codec': 'linear16'},
+      'float32, epsilon 3': _HIDDEN_SPSA
+      | _EPSILON_3
+      | {'codec': 'float32', 'research_float_noise': True},
+      'FedKSeed, one byte, epsilon 3': _HIDDEN
+      | _EPSILON_3
+      | {
+        'method': 'fedkseed',
+        'local_steps': 8,
+        'mu': 0.01,
+        'learning_rate': 0.05,
+        'schedule': 'linear',
+      },
+      'sketch of 64, epsilon 3': _GRADIENTS
+      | {'method': 'dp_sketch', 'coordinates': 64},
+      'DP-GD, epsilon 3': _GRADIENTS
+      | {'method': 'dp_gd', 'research_float_noise': True},
+    },
+    ('accuracy', 'loss'),
+    x=('bytes_up', 'forwards'),
+    log_x=True,
   ),
   'ferret_coordinates': Study(
     'Ferret by the coordinates of a message; SST-2 features, Dirichlet(0.5)',
