@@ -16,6 +16,7 @@ from jaxfl import typing as jt
 from jaxfl.methods import (
   decomfl,
   diff2,
+  dp_sgd,
   dp_sketch,
   fed_avg,
   fedkseed,
@@ -215,6 +216,22 @@ def _dp_sketch(
   )
 
 
+def _dp_sgd(
+  config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
+) -> method_lib.Method:
+  return dp_sgd.dp_sgd(
+    loss_fn,
+    plan=plans.dp_sgd(config, num_examples),
+    learning_rate=_schedule(
+      config, config.schedule, _filled(config.learning_rate)
+    ),
+    clip_norm=config.clip_norm,
+    num_examples=num_examples,
+    microbatch_size=config.microbatch_size,
+    research_float_noise=config.research_float_noise,
+  )
+
+
 def _diff2(
   config: Config, loss_fn: jt.LossFn, num_examples: NumExamples
 ) -> method_lib.Method:
@@ -263,6 +280,7 @@ _DIFF2 = _DP_GD | {
   'clip_norm_diff', 'restart_interval', 'budget_share', 'allow_unstable',
   'local_steps', 'sampling_rate', 'local_share',
 }  # fmt: skip
+_DP_SGD = (_DP_GD - {'privacy_unit'}) | {'sampling_rate'}
 _DP_SKETCH = (_DP_GD - {'research_float_noise'}) | {
   'coordinates', 'distribution', 'local_steps', 'server_lr',
   'client_optimizer', 'weight_decay',
@@ -317,6 +335,7 @@ METHODS = {
     _FED - {'local_steps'},
   ),
   'dp_gd': Entry(_diff2, {'learning_rate': 0.3}, _DP_GD),
+  'dp_sgd': Entry(_dp_sgd, {'learning_rate': 0.3}, _DP_SGD),
   'diff2': Entry(_diff2, {'learning_rate': 0.3}, _DIFF2),
   'dp_sketch': Entry(_dp_sketch, {'learning_rate': 0.3}, _DP_SKETCH),
 }  # fmt: skip

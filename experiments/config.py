@@ -177,7 +177,7 @@ class Config:
   max_block_size: int = _setting(
     1 << 14, 'Entries of a block; larger tensors are cut.'
   )
-  # private: dp_gd, diff2, dp_sketch; spsa and fedkseed if epsilon_dp is given
+  # private: dp_gd, dp_sgd, diff2, dp_sketch; spsa, fedkseed with epsilon_dp
   epsilon_dp: float | None = _setting(
     None,
     'Privacy budget of the whole run, at delta_dp; makes spsa, fedkseed and'
@@ -200,7 +200,7 @@ class Config:
   )
   budget_share: float = _setting(0.5, 'Of the budget, for whole gradients.')
   sampling_rate: float | None = _setting(
-    None, 'Of the secret Poisson samples of local steps of diff2.'
+    None, 'Of secret Poisson samples: dp_sgd, and local steps of diff2.'
   )
   local_share: float = _setting(
     0.2, 'Of the budget, for the local steps of diff2.'

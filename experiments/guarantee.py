@@ -46,6 +46,9 @@ def _words(plan: plans.Plan) -> tuple[str, str, bool, str]:
       'rdp',
     )
   trusted = 'Gaussian noise, added by an aggregator that clients trust'
+  if isinstance(plan, plan_lib.SampledPlan):
+    sampler = f'Poisson, rate {plan.sampling_rate:g}, secret'
+    return trusted, sampler, True, 'pld'
   if plan.local_steps == 1:
     return trusted, _SAMPLER, True, 'gdp'
   return (

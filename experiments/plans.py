@@ -13,7 +13,7 @@ from experiments.config import Config
 from jaxfl import calibration, plan
 
 NumExamples = Sequence[int] | np.ndarray | None  # of the clients
-Plan = plan.Plan | plan.ScalarPlan | plan.SketchPlan
+Plan = plan.Plan | plan.ScalarPlan | plan.SketchPlan | plan.SampledPlan
 
 
 def target(config: Config, num_examples: NumExamples) -> tuple[float, float]:
@@ -49,6 +49,18 @@ def sketch(config: Config, num_examples: NumExamples = None) -> plan.SketchPlan:
   )
 
 
+def dp_sgd(
+  config: Config, num_examples: NumExamples = None
+) -> plan.SampledPlan:
+  """Of dp_sgd."""
+  goal = target(config, num_examples)
+  if config.sampling_rate is None:
+    raise ValueError('dp_sgd needs sampling_rate, of its samples')
+  return calibration.dp_sgd(
+    *goal, num_rounds=config.num_rounds, sampling_rate=config.sampling_rate
+  )
+
+
 def diff2(config: Config, num_examples: NumExamples = None) -> plan.Plan:
   """Of dp_gd and diff2."""
   goal = target(config, num_examples)
@@ -78,6 +90,7 @@ def diff2(config: Config, num_examples: NumExamples = None) -> plan.Plan:
 
 def of(config: Config) -> Plan:
   """Of the method of a resolved config."""
-  if config.method in ('dp_gd', 'diff2'):
-    return diff2(config)
-  return sketch(config) if config.method == 'dp_sketch' else scalars(config)
+  kinds = {
+    'dp_gd': diff2, 'diff2': diff2, 'dp_sgd': dp_sgd, 'dp_sketch': sketch
+  }  # fmt: skip
+  return kinds.get(config.method, scalars)(config)

@@ -124,8 +124,6 @@ _HIDDEN = {
   'dataset': 'minilm_sst2',
   'num_clients': 8,
   'block_size': 8,
-  'eval_examples': 0,
-  'eval_batch_size': 512,
   'eval_every': 10,
   'snapshot_every': 1000,
 }

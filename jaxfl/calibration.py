@@ -236,6 +236,34 @@ def scalars(
 
 
 @functools.cache
+def dp_sgd(
+  epsilon_dp: float, delta_dp: float, *, num_rounds: int, sampling_rate: float
+) -> plan_lib.SampledPlan:
+  """The noise of DP-SGD, at most 0.1 % above what is needed.
+
+  Args:
+    epsilon_dp: of the whole run.
+    delta_dp: likewise.
+    num_rounds: R.
+    sampling_rate: q, in (0, 1).
+
+  Raises:
+    ValueError: for a target or a setting out of range; names the field.
+  """
+  check_target(epsilon_dp, delta_dp)
+  _at_least('num_rounds', num_rounds, 1)
+  _share('sampling_rate', sampling_rate)
+  plan = plan_lib.SampledPlan(num_rounds, sampling_rate, 0.0)
+
+  def cost(z):
+    return accounting.epsilon(
+      plan._replace(noise_multiplier=z).rounds(), delta_dp
+    )
+
+  return plan._replace(noise_multiplier=_smallest(cost, epsilon_dp, 1.0))
+
+
+@functools.cache
 def sketch(
   epsilon_dp: float, delta_dp: float, *, num_rounds: int, coordinates: int
 ) -> plan_lib.SketchPlan:

@@ -20,6 +20,15 @@ def one_of(field: str, value: str, choices: Collection[str]) -> None:
     )
 
 
+def float_noise(research_float_noise: bool) -> None:
+  """Raises ValueError if nobody has said to know what float noise is."""
+  if not research_float_noise:
+    raise ValueError(
+      'research_float_noise must be set: the noise of a vector is made of'
+      ' floats, whose gaps can tell neighbouring values apart'
+    )
+
+
 def distribution(
   name: str, known: Collection[str], problem: str = 'is not a distribution'
 ) -> None:

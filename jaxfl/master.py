@@ -94,6 +94,26 @@ def add(
   return Master(params, exponents, jax.tree.map(jnp.logical_or, old, overflow))
 
 
+def step(master: Master, update: jt.Params, rate: jax.Array) -> Master:
+  """`w - rate update` on the grid, the same bits on every device.
+
+  Args:
+    master: the weights.
+    update: pytree of float32 like them.
+    rate: float32[].
+  """
+
+  def leaf(x, v, e):
+    # products only, each rounded once; a sum on the grid is exact
+    units = jnp.rint((rate * v) * grid.power_of_two(e))
+    return grid.positive_zero(x - units * grid.power_of_two(-e))
+
+  params = jax.tree.map(leaf, master.params, update, master.exponents)
+  left = grid.out_of_range(params, master.exponents)
+  overflow = jax.tree.map(jnp.logical_or, master.overflow, left)
+  return Master(params, master.exponents, overflow)
+
+
 def decay(
   master: Master, rate: jax.Array, key: jax.Array, *, weights: str = 'grid'
 ) -> Master:

@@ -112,6 +112,29 @@ class Method(NamedTuple):
     return (self.message if self.release is None else self.release.like)(params)
 
 
+def check_budget(round: int, num_rounds: int) -> None:
+  """Raises ValueError for a round that the plan of a private run lacks."""
+  if round >= num_rounds:
+    raise ValueError(f'the budget is spent: the plan has {num_rounds} rounds')
+
+
+def check_release(
+  round: int, num_rounds: int, cohort: Party, num_clients: int
+) -> None:
+  """Checks that a release is one that its plan has.
+
+  Raises:
+    ValueError: if the rounds are over, or clients are absent.
+  """
+  check_budget(round, num_rounds)
+  present = np.size(cohort.id)
+  if present != num_clients:
+    raise ValueError(
+      f'{present} of {num_clients} clients take part: a mean over fewer'
+      ' is not what the plan releases'
+    )
+
+
 def quotients(numerators: jax.Array, denominators: jax.Array) -> jax.Array:
   """`numerators / denominators`, the same bits on every device.
 

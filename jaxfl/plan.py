@@ -143,6 +143,30 @@ class ScalarPlan(NamedTuple):
     return [(event,)] * self.num_rounds
 
 
+class SampledPlan(NamedTuple):
+  """Sums over Poisson samples; see `jaxfl.methods.dp_sgd`.
+
+  Attributes:
+    num_rounds: R.
+    sampling_rate: q, of the secret samples.
+    noise_multiplier: z, over the bound of one example.
+  """
+
+  num_rounds: int
+  sampling_rate: float
+  noise_multiplier: float
+
+  @property
+  def adjacency(self) -> str:
+    """What the multiplier is relative to: a key of `ADJACENCIES`."""
+    return 'drop'
+
+  def rounds(self) -> list[events.Round]:
+    """The events of every round."""
+    event = events.PoissonGaussian(self.noise_multiplier, self.sampling_rate)
+    return [(event,)] * self.num_rounds
+
+
 class SketchPlan(NamedTuple):
   """Sketches that a run releases; see `jaxfl.methods.dp_sketch`.
 

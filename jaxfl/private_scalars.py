@@ -38,6 +38,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import checks, codecs, discrete, keys
+from jaxfl import method as method_lib
 from jaxfl import noise as noise_lib
 from jaxfl import plan as plan_lib
 from jaxfl import typing as jt
@@ -175,10 +176,7 @@ def mechanism(settings: Settings, codec: str) -> Mechanism:
   def prepare(params, examples, round, client, key):
     del params  # Unused: scalars have no shape.
     noise_lib.check_key(key)
-    if round >= plan.num_rounds:
-      raise ValueError(
-        f'the budget is spent: the plan has {plan.num_rounds} rounds'
-      )
+    method_lib.check_budget(round, plan.num_rounds)
     query = {'round': round, 'name': f'scalars of client {client}'}
     shape, z = (plan.num_scalars,), plan.noise_multiplier
     if floats:

@@ -52,7 +52,6 @@ from jaxfl import (
   calibration,
   checks,
   exact_norm,
-  grid,
   master,
   noise,
   privacy,
@@ -138,11 +137,7 @@ def diff2(
     )
   if microbatch_size < 1:
     raise ValueError(f'microbatch_size must be >= 1, got {microbatch_size}')
-  if not research_float_noise:
-    raise ValueError(
-      'research_float_noise must be set: the noise of a vector is made of'
-      ' floats, whose gaps can tell neighbouring values apart'
-    )
+  checks.float_noise(research_float_noise)
   # without clients, one that nobody asks for
   sizes = np.array([1] if num_examples is None else num_examples, np.int64)
   if not sizes.size or sizes.min() < 1:
@@ -235,17 +230,10 @@ def diff2(
   def release(state, messages, cohort, key):
     """The noised mean; on the host, by the aggregator."""
     round = int(state.round)
-    if round >= num_exchanges:
-      raise ValueError(
-        f'the budget is spent: the plan has {plan.num_rounds} rounds'
-      )
+    who = 1 if turns(round) else num_clients
+    method_lib.check_release(round, num_exchanges, cohort, who)
     if turns(round):  # noised by its client
       return jax.tree.map(lambda x: np.asarray(x[0]), messages)
-    if len(cohort.id) != num_clients:
-      raise ValueError(
-        f'{len(cohort.id)} of {num_clients} clients take part: a mean over'
-        ' fewer is not what the plan releases'
-      )
     bound = float(state.clip)
     z = plan.noise_multiplier
     if not restarts(round):
@@ -287,20 +275,13 @@ def diff2(
   def moved_by(state, estimate, lr):
     """The state after a step of `lr * estimate`, which it keeps."""
 
-    def step(x, v, e):
-      # products only, each rounded once; a sum on the grid is exact
-      units = jnp.rint((lr * v) * grid.power_of_two(e))
-      return grid.positive_zero(x - units * grid.power_of_two(-e))
-
-    params = jax.tree.map(step, state.params, estimate, state.exponents)
-    left = grid.out_of_range(params, state.exponents)
+    held = master.Master(state.params, state.exponents, state.overflow)
+    held = master.step(held, estimate, lr)
     next_exchange = state.round + 1
-    moved = jax.tree.map(jnp.subtract, params, state.params)
+    moved = jax.tree.map(jnp.subtract, held.params, state.params)
     clip = np.float32(clip_norm_diff) * exact_norm.exact_norm(moved)
     return Diff2State(
-      params=params,
-      exponents=state.exponents,
-      overflow=jax.tree.map(jnp.logical_or, state.overflow, left),
+      *held,
       previous=state.params,
       estimate=estimate,
       clip=jnp.where(restarts(next_exchange), np.float32(clip_norm), clip),

@@ -4,14 +4,13 @@ The equations are in `jaxfl.methods.diff2`. Samples and noise are drawn by the
 client on its host; nobody else knows them.
 """
 
-import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import keys, privacy
+from jaxfl import keys, poisson, privacy
 from jaxfl import noise as noise_lib
 from jaxfl import plan as plan_lib
 from jaxfl import typing as jt
@@ -62,24 +61,17 @@ def prepare(
   Returns:
     `{'examples', 'mask', 'noise'}` with a leading axis of one: arrays
     [K - 1, S, ...], bool[K - 1, S], and standard normal noise, a pytree like
-    params with a leading axis of K - 1. S is large enough for all samples but
-    one in 10**12; what is more is left out.
+    params with a leading axis of K - 1; see `poisson.draw` for S.
   """
-  noise_lib.check_key(key)
-  examples = dict(examples)
-  present = np.flatnonzero(examples.pop('example_weight') > 0)
-  steps, rate = plan.local_steps - 1, plan.sampling_rate
-  chosen = key.bernoulli(
-    (steps, len(present)), rate, round=round, name=f'samples of {client}'
+  steps = plan.local_steps - 1
+  samples, mask = poisson.draw(
+    examples,
+    steps,
+    plan.sampling_rate,
+    key,
+    round=round,
+    name=f'samples of {client}',
   )
-  # one size for all clients: the arrays are as long as the largest's
-  longest = len(next(iter(examples.values())))
-  size = min(longest, _most(rate * longest))
-  rows = np.zeros((steps, size), np.int64)
-  mask = np.zeros((steps, size), bool)
-  for step, flags in enumerate(chosen):
-    found = present[flags][:size]
-    rows[step, : len(found)], mask[step, : len(found)] = found, True
   noise = [
     key.gaussian(
       (steps, *np.shape(x)), 1.0, round=round, name=f'steps of {client}/{path}'
@@ -87,16 +79,11 @@ def prepare(
     for path, x in keys.named_leaves(params)
   ]
   made = {
-    'examples': {name: np.asarray(x)[rows] for name, x in examples.items()},
+    'examples': samples,
     'mask': mask,
     NOISE: jax.tree.structure(params).unflatten(noise),
   }
   return jax.tree.map(lambda x: x[None], made)
-
-
-def _most(mean: float) -> int:
-  """A number that a sum of coins with this mean exceeds once in 10**12."""
-  return math.ceil(mean + 8.0 * math.sqrt(mean) + 20.0)
 
 
 def steps(

@@ -152,7 +152,6 @@ def dp_sketch(
   if not sizes.size or sizes.min() < 1:
     raise ValueError('num_examples: every client needs one example at least')
   lr_table = schedules.table(learning_rate, plan.num_rounds, 'learning_rate')
-  num_clients = len(sizes)
   units = sizes if unit == 'record' else np.ones_like(sizes)
   levels = levels_of(plan)
   bound = bound_of(levels, coordinates)
@@ -204,15 +203,7 @@ def dp_sketch(
     """The noised sum; on the host, by the aggregator."""
     noise_lib.check_key(key)
     round = int(state.round)
-    if round >= plan.num_rounds:
-      raise ValueError(
-        f'the budget is spent: the plan has {plan.num_rounds} rounds'
-      )
-    if len(cohort.id) != num_clients:
-      raise ValueError(
-        f'{len(cohort.id)} of {num_clients} clients take part: a mean over'
-        ' fewer is not what the plan releases'
-      )
+    method_lib.check_release(round, plan.num_rounds, cohort, len(sizes))
     total = np.zeros(coordinates, np.int64)
     for id, message in zip(cohort.id, np.asarray(messages), strict=True):
       message = message.astype(np.int64)
