@@ -4,7 +4,7 @@ A canary is in the data with sign +1 or -1, thrown by a fair coin for every
 trial. An adversary gives the transcript of a trial a score, above zero if it
 looks like +1, and guesses. Two statements can be refuted by its guesses:
 
-    accuracy a            P(right) <= a = (1 + delta(0)) / 2, of mu-GDP Phi(mu/2)
+    accuracy a            P(right) <= a = (1 + delta(0)) / 2; mu-GDP: Phi(mu/2)
     (epsilon, delta)-DP   P(right, sure) <= exp(epsilon) P(wrong, sure) + delta
 
 where `sure` is a score far from zero. Both hold for every adversary, so that a
@@ -27,7 +27,7 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from scipy import special, stats
+from scipy import special
 
 from jaxfl import gdp
 
@@ -55,9 +55,9 @@ class Evidence(NamedTuple):
 
 def lower(count: int, total: int, alpha: float) -> float:
   """Clopper and Pearson's lower bound on a rate, right with 1 - `alpha`."""
-  return (
-    float(stats.beta.ppf(alpha, count, total - count + 1)) if count else 0.0
-  )
+  if not count:
+    return 0.0
+  return float(special.betaincinv(count, total - count + 1, alpha))
 
 
 def upper(count: int, total: int, alpha: float) -> float:

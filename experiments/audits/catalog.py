@@ -1,5 +1,6 @@
 """The mechanisms that are audited, with what is claimed of each."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,6 +57,7 @@ def _accuracy(mu: float) -> float:
   return (1.0 + gdp.delta_of(mu, 0.0)) / 2
 
 
+@functools.cache  # it takes seconds
 def _integers(epsilon: float, delta: float) -> Claim:
   event = calibration.integer_noise(
     epsilon,

@@ -31,7 +31,7 @@ def average_of_averages(plan: Plan) -> vectors.Pieces:
 
   def client(state, local, batches, party):
     weight = batches['example_weight']
-    first = jnp.arange(weight.shape[1]) < _BATCH
+    first = (jnp.arange(weight.shape[1]) < _BATCH)[None]
     means = []
     for part in (weight * first, weight * ~first):
       message, _, metrics = pieces.client(

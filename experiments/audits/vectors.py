@@ -202,8 +202,10 @@ def player(pieces: Pieces) -> Callable[[np.ndarray, int], np.ndarray]:
       std = z * 2.0 * bound / (len(SIZES) * min(SIZES))
       seen.append((released.astype(np.float64), noiseless(both, bound), std))
       state = server(state, {'w': released[:, None]}, _COHORT)
-    columns = [np.stack(c) for c in zip(*seen, strict=True)]
-    return pieces.score(Transcript(*columns, pieces.plan.restart_interval))
+    releases, means, stds = (np.stack(c) for c in zip(*seen, strict=True))
+    return pieces.score(
+      Transcript(releases, means, stds, pieces.plan.restart_interval)
+    )
 
   return play
 
