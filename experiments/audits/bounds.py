@@ -65,6 +65,12 @@ def upper(count: int, total: int, alpha: float) -> float:
   return 1.0 - lower(total - count, total, alpha)
 
 
+def gaussian_epsilon(accuracy: float, delta: float) -> float:
+  """Epsilon of the Gaussian mechanism that is guessed right so often, < 1."""
+  mu = 2.0 * float(special.ndtri(accuracy))
+  return gdp.epsilon_of(mu, delta) if mu > 0 else 0.0
+
+
 def evidence(
   scores: np.ndarray, signs: np.ndarray, *, delta: float, alpha: float
 ) -> Evidence:
@@ -86,7 +92,6 @@ def evidence(
   right = (scores >= 0) == (signs > 0)
   count, total = int(right.sum()), len(scores)
   bound = lower(count, total, alpha / 2)
-  mu = max(0.0, 2.0 * float(special.ndtri(bound)))
   pilot = np.arange(total) % _PILOT == 0
   sure = np.abs(scores)
   threshold = max(
@@ -98,7 +103,7 @@ def evidence(
     total,
     count / total,
     bound,
-    gdp.epsilon_of(mu, delta) if mu else 0.0,
+    gaussian_epsilon(bound, delta),
     _epsilon(right[rest], sure[rest] >= threshold, delta, alpha / 2),
   )
 

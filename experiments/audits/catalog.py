@@ -48,13 +48,10 @@ def _gaussian(interval: int) -> Callable[[float, float], Claim]:
       epsilon, delta, num_rounds=vectors.NUM_ROUNDS, restart_interval=interval
     )
     found = accounting.epsilon(plan.rounds(), delta, 'gdp')
-    return Claim(plan, found, _accuracy(gdp.mu_of(found, delta)))
+    distance = gdp.delta_of(gdp.mu_of(found, delta), 0.0)
+    return Claim(plan, found, (1.0 + distance) / 2)
 
   return claim
-
-
-def _accuracy(mu: float) -> float:
-  return (1.0 + gdp.delta_of(mu, 0.0)) / 2
 
 
 @functools.cache  # it takes seconds

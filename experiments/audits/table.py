@@ -148,8 +148,10 @@ def refuted(found: dict[str, Any]) -> list[str]:
   ]
 
 
-def _title(row: dict[str, Any]) -> str:
-  return catalog.MECHANISMS[row['mechanism']].title
+def _names(row: dict[str, Any]) -> tuple[str, str]:
+  """Of the mechanism and of the bug, for people."""
+  title = catalog.MECHANISMS[row['mechanism']].title
+  return title, row['bug'].replace('_', ' ')
 
 
 def table(found: dict[str, Any]) -> Table:
@@ -165,7 +167,7 @@ def table(found: dict[str, Any]) -> Table:
     caption_justify='left',
   )
   shown.add_column('mechanism')
-  shown.add_column('what is wrong')
+  shown.add_column('planted bug')
   for name in ('trials', 'right, claimed', 'right, measured', 'at least'):
     shown.add_column(name, justify='right')
   for name in ('epsilon, claimed', 'at least', 'at least, any'):
@@ -175,8 +177,7 @@ def table(found: dict[str, Any]) -> Table:
     seeds = row['accuracy_of_seeds']
     spread = f' +- {np.std(seeds, ddof=1):.4f}' if len(seeds) > 1 else ''
     shown.add_row(
-      _title(row),
-      row['bug'].replace('_', ' '),
+      *_names(row),
       f'{row["num_trials"]:,}',
       f'{row["accuracy_claimed"]:.4f}',
       f'{row["accuracy"]:.4f}{spread}',
@@ -191,54 +192,51 @@ def table(found: dict[str, Any]) -> Table:
 
 def draw(found: dict[str, Any]):
   """Claimed and proven epsilon of every audit, a panel for every claim."""
-  targets = found['settings']['epsilon_dp']
+  targets, delta = (found['settings'][k] for k in ('epsilon_dp', 'delta_dp'))
   figure, axes = common.subplots(
     len(targets),
     'Epsilon that guesses prove of what is shipped and of planted bugs',
   )
-  names = list(
-    dict.fromkeys(
-      (_title(r), r['bug'].replace('_', ' ')) for r in found['rows']
-    )
-  )
-  height = 1.6 + 0.33 * len(names)
-  figure.set_size_inches(3.6 + 3.4 * len(targets), height)
-  for axis, target in zip(axes, targets, strict=True):
-    rows = [
-      r for r in found['rows'] if abs(r['epsilon_claimed'] - target) < 0.01
+  names = list(dict.fromkeys(map(_names, found['rows'])))
+  figure.set_size_inches(3.6 + 3.4 * len(targets), 2.0 + 0.33 * len(names))
+  largest = 60.0
+  for row in found['rows']:
+    claim = lambda i, row=row: abs(targets[i] - row['epsilon_claimed'])
+    axis = axes[min(range(len(targets)), key=claim)]
+    style = {
+      'color': 'tab:red' if row['refuted'] else 'tab:green', 'ls': '', 'ms': 6
+    }  # fmt: skip
+    y = names.index(_names(row))
+    seeds = [
+      bounds.gaussian_epsilon(a, delta)
+      for a in row['accuracy_of_seeds']
+      if a < 1
     ]
-    for row in rows:
-      y = names.index((_title(row), row['bug'].replace('_', ' ')))
-      color = 'tab:red' if row['refuted'] else 'tab:green'
-      axis.plot(
-        [row['epsilon_gaussian']], [y], 'o', color=color, ms=6, zorder=3
-      )
-      axis.plot(
-        [row['epsilon_any']], [y], 'o', color=color, ms=6, mfc='white', zorder=2
-      )
+    largest = max(largest, *seeds, row['epsilon_gaussian'])
+    axis.plot(seeds, [y] * len(seeds), '|', **style | {'ms': 9}, zorder=4)
+    axis.plot(row['epsilon_gaussian'], y, 'o', **style, zorder=3)
+    axis.plot(row['epsilon_any'], y, 'o', **style, mfc='white', zorder=2)
+  for axis, target in zip(axes, targets, strict=True):
     axis.axvline(target, color='0.3', lw=1.2, ls='--')
     axis.set_xscale('symlog', linthresh=1, linscale=0.6)
     ticks = [0, 0.5, 1, 3, 10, 40]
     axis.set_xticks(ticks, [f'{t:g}' for t in ticks])
-    axis.set_xlim(-0.06, 60)
+    axis.set_xlim(-0.06, 1.2 * largest)
     axis.minorticks_off()
-    axis.set_xlabel(f'epsilon at delta {found["settings"]["delta_dp"]:g}')
+    axis.set_xlabel(f'epsilon at delta {delta:g}')
     axis.set_title(f'claimed: epsilon {target:g} (dashed)', fontsize=9)
-  axes[0].set_yticks(range(len(names)), [f'{m}: {b}' for m, b in names])
+  axes[0].set_yticks(range(len(names)), [': '.join(pair) for pair in names])
   axes[0].set_ylim(len(names) - 0.5, -0.5)
-  blank = dict(ls='', marker='o', ms=6)
   handles = [
-    axes[0].plot([], [], color='0.3', label=label, **blank, **style)[0]
-    for label, style in (
-      ('lower bound, Gaussian mechanism', {}),
-      ('lower bound, any mechanism', {'mfc': 'white'}),
+    axes[0].plot([], [], marker, ls='', color=color, mfc=fill, label=label)[0]
+    for marker, color, fill, label in (
+      ('o', '0.3', '0.3', 'lower bound, Gaussian mechanism'),
+      ('o', '0.3', 'white', 'lower bound, any mechanism'),
+      ('|', '0.3', '0.3', 'a seed, no bound; off if never wrong'),
+      ('o', 'tab:green', 'tab:green', 'claim holds'),
+      ('o', 'tab:red', 'tab:red', 'claim refuted'),
     )
-  ] + [
-    axes[0].plot([], [], color=color, label=label, **blank)[0]
-    for label, color in (
-      ('claim holds', 'tab:green'), ('claim refuted', 'tab:red')
-    )
-  ]  # fmt: skip
+  ]
   figure.legend(
     handles=handles,
     loc='outside lower center',

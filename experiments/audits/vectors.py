@@ -162,15 +162,15 @@ def data(seed: int) -> dict[str, np.ndarray]:
 
 
 def player(pieces: Pieces) -> Callable[[np.ndarray, int], np.ndarray]:
-  """Compiles a mechanism; see the result.
+  """Many runs of a mechanism at once.
 
   Returns:
-    signs int[N], seed -> scores float64[N]. Data, secrets and starting point
-    are functions of the seed.
+    signs int[N], seed -> scores float64[N]. Data, secrets and the point where
+    runs start are functions of the seed.
   """
   over_clients = jax.vmap(pieces.client, (None, None, 0, 0))
   over_trials = jax.vmap(over_clients, (0, None, None, None))
-  client = jax.jit(jax.vmap(over_trials, (None, None, 0, None)))
+  client = jax.jit(jax.vmap(over_trials, (None, None, 0, None)))  # both signs
   server = jax.jit(jax.vmap(pieces.server, (0, 0, None)))
 
   def play(signs, seed):
@@ -180,34 +180,51 @@ def player(pieces: Pieces) -> Callable[[np.ndarray, int], np.ndarray]:
       for i in range(count)
     ]
     start = np.random.default_rng([seed, 1]).normal(size=DIM)
-    state = pieces.init({'w': start.astype(np.float32)})
-    many = lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x)))
-    state = jax.tree.map(many, state)
+    state = jax.tree.map(
+      lambda x: jnp.broadcast_to(x, (count, *jnp.shape(x))),
+      pieces.init({'w': start.astype(np.float32)}),
+    )
     held: list[noise.NoiseKey | None] = [None] * count
-    seen = []
+    releases, means, stds = [], [], []
     for r in range(NUM_ROUNDS):
       both = np.asarray(client(state, (), batches, _COHORT)[0]['w'])
       sent = np.where((signs > 0)[:, None, None], *both)
+      held = [pieces.key(*pair) for pair in zip(secrets, held, strict=True)]
       host = jax.device_get(state)
-      releases = []
-      for i in range(count):
-        held[i] = pieces.key(secrets[i], held[i])
-        one = jax.tree.map(lambda x, i=i: x[i], host)
-        releases.append(pieces.make(one, {'w': sent[i]}, _COHORT, held[i])['w'])
-      released = np.stack(releases)
+      released = np.stack(
+        [
+          pieces.make(
+            jax.tree.map(lambda x, i=i: x[i], host),
+            {'w': sent[i]},
+            _COHORT,
+            held[i],
+          )['w']
+          for i in range(count)
+        ]
+      )
       bound = np.asarray(host.clip, np.float64)
-      z = pieces.plan.noise_multiplier
-      if r % pieces.plan.restart_interval:
-        z = pieces.plan.noise_multiplier_diff
-      std = z * 2.0 * bound / (len(SIZES) * min(SIZES))
-      seen.append((released.astype(np.float64), noiseless(both, bound), std))
+      releases.append(released.astype(np.float64))
+      means.append(noiseless(both, bound))
+      stds.append(_std(pieces.plan, r) * bound)
       state = server(state, {'w': released[:, None]}, _COHORT)
-    releases, means, stds = (np.stack(c) for c in zip(*seen, strict=True))
     return pieces.score(
-      Transcript(releases, means, stds, pieces.plan.restart_interval)
+      Transcript(
+        np.stack(releases),
+        np.stack(means),
+        np.stack(stds),
+        pieces.plan.restart_interval,
+      )
     )
 
   return play
+
+
+def _std(plan: plan_lib.Plan, round: int) -> float:
+  """Of the noise of a round, over its clip."""
+  z = plan.noise_multiplier
+  if round % plan.restart_interval:
+    z = plan.noise_multiplier_diff
+  return z * 2.0 / (len(SIZES) * min(SIZES))
 
 
 def noiseless(messages: np.ndarray, bound: np.ndarray) -> np.ndarray:

@@ -81,12 +81,13 @@ def test_neighbours_move_a_release_by_its_sensitivity(unit, round, monkeypatch):
     allow_unstable=True,
     research_float_noise=True,
   )
-  assert method.release is not None
+  release = method.release
+  assert release is not None
   run = jax.jit(jax.vmap(method.client, (None, None, 0, 0)))
 
   def released(state, batches):
     messages, _, _ = run(state, (), batches, COHORT)
-    mean = method.release.make(state, jax.device_get(messages), COHORT, None)
+    mean = release.make(state, jax.device_get(messages), COHORT, None)
     return np.concatenate([np.ravel(x) for x in jax.tree.leaves(mean)])
 
   rng = np.random.default_rng(0)
