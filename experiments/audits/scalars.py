@@ -176,13 +176,8 @@ def player(pieces: Pieces) -> Callable[[np.ndarray, int], np.ndarray]:
     places = np.arange(NUM_ROUNDS * NUM_SCALARS)
     uniform = keys.uniform(keys.fold(keys.root(seed), places))
     uniform = uniform.reshape(NUM_ROUNDS, NUM_SCALARS)
-    codes = np.array(
-      [
-        [pieces.code(*pair) for pair in zip(rounds, uniform, strict=True)]
-        for rounds in data(seed)
-      ],
-      np.int64,
-    )
+    code = jax.jit(jax.vmap(jax.vmap(pieces.code), (0, None)))
+    codes = np.asarray(code(data(seed), uniform), np.int64)
     sigma, sent = pieces.event.scale, []
     for i, sign in enumerate(signs):
       secret = hashlib.sha256(f'audit {seed} {i}'.encode()).digest()

@@ -232,7 +232,7 @@ def draw(found: dict[str, Any]):
     for marker, color, fill, label in (
       ('o', '0.3', '0.3', 'lower bound, Gaussian mechanism'),
       ('o', '0.3', 'white', 'lower bound, any mechanism'),
-      ('|', '0.3', '0.3', 'a seed, no bound; off if never wrong'),
+      ('|', '0.3', '0.3', 'estimate of a seed; none if never wrong'),
       ('o', 'tab:green', 'tab:green', 'claim holds'),
       ('o', 'tab:red', 'tab:red', 'claim refuted'),
     )
