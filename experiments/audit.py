@@ -7,8 +7,8 @@ An adversary that knows everything but the sign of one example guesses it from
 what a run releases, many times. A guess that is right too often refutes the
 claimed (epsilon, delta). Audited are DP-GD, DIFF2 and the private byte as they
 are shipped, and again with one piece of each changed. Prints a table and writes
-`experiments/results/audit.json` and `.png`; 6.5 minutes of a core. The
-exit status is 1 if what is shipped is refuted.
+`experiments/results/audit.json` and `.png`, in 6.5 minutes of a core. The exit
+status is 1 if what is shipped is refuted.
 """
 
 import pathlib

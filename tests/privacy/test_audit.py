@@ -137,17 +137,11 @@ def test_the_adversary_knows_the_mean_that_is_released(monkeypatch):
   np.testing.assert_allclose(seen.releases, true, rtol=0, atol=1e-15)
 
 
-@pytest.mark.parametrize(
-  ('bug', 'share'),
-  [
-    (vector_bugs.noise_from_the_shared_key, 1.0),
-    (vector_bugs.reused_noise, 0.9),
-  ],
-)
-def test_noise_that_can_be_subtracted(bug, share):
+def test_noise_that_comes_again_can_be_subtracted():
+  """Unless the canary pulls the same way in both intervals: 1 run in 16."""
   signs = coins(100)
-  scores = vectors.player(bug(plan_of(4, 1.0)))(signs, 1)
-  assert np.mean((scores > 0) == (signs > 0)) >= share
+  play = vectors.player(vector_bugs.reused_noise(plan_of(4, 1.0)))
+  assert np.mean((play(signs, 1) > 0) == (signs > 0)) >= 0.9
 
 
 def test_scores_of_bytes_are_log_likelihood_ratios():
@@ -198,7 +192,6 @@ def test_short_audit_of_all_mechanisms():
   ('name', 'bug'),
   [
     ('diff2', 'clip_of_the_mean'),
-    ('diff2', 'no_noise_on_the_difference'),
     ('private_byte', 'half_sensitivity'),
     ('private_byte', 'clip_of_the_mean'),
     ('private_byte', 'reused_noise'),
