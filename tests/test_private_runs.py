@@ -120,6 +120,10 @@ OTHERS = {
   'spsa': SCALARS | {'method': 'spsa', 'num_perturbations': 4},
   'fedkseed': SCALARS
   | {'method': 'fedkseed', 'local_steps': 4, 'num_seeds': 64},
+  'dp_sgd': {
+    'method': 'dp_sgd', 'num_rounds': 6, 'sampling_rate': 0.3,
+    'research_float_noise': True,
+  },
   'dp_sketch': {'method': 'dp_sketch', 'coordinates': 8, 'num_rounds': 6},
   'local steps': {
     'num_rounds': 6, 'local_steps': 3, 'sampling_rate': 0.3,
@@ -160,6 +164,8 @@ def test_other_mechanisms_run_and_replay(npz, tmp_path, name):
     ('spsa', {'privacy_unit': 'client'}, 'privacy_unit does not apply'),
     ('spsa', {'epsilon_dp': None}, 'clip_norm does not apply'),
     ('spsa', {'delta_dp': None}, 'delta_dp is missing'),
+    ('dp_sgd', {'sampling_rate': None}, 'dp_sgd needs sampling_rate'),
+    ('dp_sgd', {'privacy_unit': 'client'}, 'privacy_unit does not apply'),
     ('dp_sketch', {'local_steps': 2}, 'for privacy_unit client'),
     ('dp_sketch', {'delta_dp': 0.01}, 'one over 200 examples or more'),
     ('local steps', {'sampling_rate': None}, 'local_steps need sampling_rate'),
