@@ -40,7 +40,7 @@ class Settings:
   small_batch: int = _setting(1, 'Examples of a batch, first table.')
   large_batch: int = _setting(8, 'Examples of a batch, second table.')
   restarts: int = _setting(4, 'Starts of the search.')
-  steps: int = _setting(2000, 'Steps of Adam, from every start.')
+  steps: int = _setting(1000, 'Steps of Adam, from every start.')
 
 
 class Baseline(NamedTuple):
@@ -151,7 +151,7 @@ def make(
   }
 
 
-def _pixels(x: jax.Array | np.ndarray) -> list[float]:
+def _pixels(x: Any) -> list[float]:
   return [round(float(value), 3) for value in np.asarray(x)]
 
 
@@ -190,7 +190,7 @@ class _Attacked:
       else:
         sent = wire.send(victim)
         starts = inversion.draw_starts(
-          self._effort, *victim.x.shape, [victim.trial, size]
+          self._effort, size, victim.x.shape[1], [victim.trial, size]
         )
         count = sent.num_bytes
         found, _ = inversion.reconstruct(

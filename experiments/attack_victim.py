@@ -8,7 +8,7 @@ message of one scalar in each of K rounds in which the weights do not change.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,8 @@ from jaxfl import typing as jt
 from jaxfl.methods import spsa
 from jaxfl.models import mlp
 
-DIRECTIONS = 2048  # more than the network has parameters
-HIDDEN = 16
+DIRECTIONS = 1024  # more than the network has parameters
+HIDDEN = 12
 MU = 1e-3  # radius of finite differences
 
 loss_fn = objectives.classification_loss(
@@ -48,14 +48,14 @@ class Victim(NamedTuple):
   """
 
   params: jt.Params
-  x: jt.Array
-  labels: jt.Array
-  root: jt.Array = np.zeros(2, np.uint32)
+  x: Any
+  labels: Any
+  root: Any = np.zeros(2, np.uint32)
   trial: int = 0
-  directions: jt.Array = ()
-  rows: jt.Array = ()
-  scalars: jt.Array = ()
-  scalars_of_examples: jt.Array = ()
+  directions: Any = None
+  rows: Any = None
+  scalars: Any = None
+  scalars_of_examples: Any = None
 
 
 def flat(tree: jt.Params) -> jax.Array:

@@ -130,7 +130,7 @@ def reconstruct(
     u, state = carry
     grads = jax.grad(objective)(u, temper)
     updates, state = optimizer.update(grads, state, u)
-    return (u + updates, state), None
+    return (jnp.add(u, updates), state), None
 
   def search(u):
     start = (u, optimizer.init(u))
@@ -155,7 +155,7 @@ class Error(NamedTuple):
   psnr: float
 
 
-def error(found: np.ndarray, truth: np.ndarray, mean: np.ndarray) -> Error:
+def error(found: Any, truth: Any, mean: Any) -> Error:
   """Compares inputs [B, D] in any order with the truth.
 
   Raises:
