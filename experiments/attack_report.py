@@ -1,5 +1,6 @@
 """The table and the picture of `experiments.attack`."""
 
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def draw(found: common.Result):
     f' {found["settings"]["seeds"]} victims',
     fontsize=11,
   )
-  upper, lower = figure.subfigures(2, 1, height_ratios=(3.4, 1.0))
+  upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(3.6, 1.0)))
   axes = upper.subplots(1, 2, sharey=True)
   for axis, (size, rows) in zip(axes, _by_batch(found).items(), strict=True):
     _panel(axis, rows)
@@ -91,6 +92,16 @@ def _panel(axis: Any, rows: list[dict[str, Any]]) -> None:
       lw=1.3,
       capsize=2,
     )
+    if private and len({row['bytes'] for row in lines}) == 1:
+      worst = max(lines, key=lambda row: row['epsilon_dp'])
+      axis.annotate(
+        f'epsilon {worst["epsilon_dp"]:g}',
+        (worst['bytes'], worst['error']),
+        (-6, -3),
+        textcoords='offset points',
+        ha='right',
+        fontsize=7,
+      )
   axis.set_ylim(-0.04, 1.15)
   axis.grid(alpha=0.3)
   axis.set_axisbelow(True)
@@ -110,5 +121,5 @@ def _strip(figure: Any, found: common.Result) -> None:
     axis.imshow(
       np.reshape(pixels, (side, side)), cmap='gray', vmin=0.0, vmax=1.0
     )
-    axis.set_title('\n'.join(label.split(', ')), fontsize=7)
+    axis.set_title(textwrap.fill(label, 13), fontsize=7)
     axis.set_axis_off()
