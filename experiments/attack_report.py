@@ -59,7 +59,8 @@ def draw(found: common.Result):
     f' {found["settings"]["seeds"]} victims',
     fontsize=11,
   )
-  upper, lower = np.ravel(figure.subfigures(2, 1, height_ratios=(3.6, 1.0)))
+  halves: Any = figure.subfigures(2, 1, height_ratios=(3.6, 1.0))
+  upper, lower = halves
   axes = upper.subplots(1, 2, sharey=True)
   for axis, (size, rows) in zip(axes, _by_batch(found).items(), strict=True):
     _panel(axis, rows)

@@ -126,16 +126,16 @@ def reconstruct(
   decay = optax.cosine_decay_schedule(effort.learning_rate, effort.steps)
   optimizer = optax.adam(decay, b2=0.99)
 
-  def step(carry: tuple[jax.Array, Any], temper):
+  def step(carry, temper):
     u, state = carry
     grads = jax.grad(objective)(u, temper)
     updates, state = optimizer.update(grads, state, u)
-    return (jnp.add(u, updates), state), None
+    return (optax.apply_updates(u, updates), state), None
 
   def search(u):
     start = (u, optimizer.init(u))
-    (u, _), _ = jax.lax.scan(step, start, tempers(effort.steps))
-    return inputs(prior, u), objective(u, jnp.float32(0.0))
+    end: Any = jax.lax.scan(step, start, tempers(effort.steps))[0][0]
+    return inputs(prior, end), objective(end, jnp.float32(0.0))
 
   ends, values = jax.vmap(search)(starts)
   best = jnp.argmin(jnp.where(jnp.isnan(values), jnp.inf, values))

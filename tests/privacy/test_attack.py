@@ -42,7 +42,7 @@ def victim(pictures):
 
 
 def attack(form, victim, prior):
-  starts = inversion.draw_starts(EFFORT, *victim.x.shape, 0)
+  starts = inversion.draw_starts(EFFORT, 1, victim.x.shape[1], 0)
   found, _ = inversion.reconstruct(
     form.mismatch,
     form.send(victim).evidence,
