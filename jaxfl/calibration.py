@@ -157,11 +157,8 @@ def diff2_local(
     sampling_rate=sampling_rate,
   )
 
-  def cost(z):
-    rounds = plan._replace(noise_multiplier_local=z).rounds()
-    return accounting.epsilon(rounds, delta_dp)
-
-  return plan._replace(noise_multiplier_local=_smallest(cost, epsilon_dp, 1.0))
+  with_noise = lambda z: plan._replace(noise_multiplier_local=z)
+  return with_noise(_smallest_sampled(with_noise, epsilon_dp, delta_dp))
 
 
 def integer_noise(
@@ -255,12 +252,8 @@ def dp_sgd(
   _share('sampling_rate', sampling_rate)
   plan = plan_lib.SampledPlan(num_rounds, sampling_rate, 0.0)
 
-  def cost(z):
-    return accounting.epsilon(
-      plan._replace(noise_multiplier=z).rounds(), delta_dp
-    )
-
-  return plan._replace(noise_multiplier=_smallest(cost, epsilon_dp, 1.0))
+  with_noise = lambda z: plan._replace(noise_multiplier=z)
+  return with_noise(_smallest_sampled(with_noise, epsilon_dp, delta_dp))
 
 
 @functools.cache
@@ -292,13 +285,25 @@ def sketch(
   )
 
 
+def _smallest_sampled(
+  with_noise: Callable[[float], Plan | plan_lib.SampledPlan],
+  epsilon_dp: float,
+  delta_dp: float,
+) -> float:
+  """The smallest noise of a plan with samples, which has no good guess."""
+  cost = lambda z: accounting.epsilon(with_noise(z).rounds(), delta_dp)
+  return _smallest(cost, epsilon_dp, 1.0, step=0.4)
+
+
 def _smallest(
-  cost: Callable[[float], float], target: float, guess: float
+  cost: Callable[[float], float],
+  target: float,
+  guess: float,
+  step: float = 0.02,
 ) -> float:
   """The smallest noise, to 0.1 %, whose cost is at most the target."""
   excess = functools.cache(lambda log: cost(math.exp(log)) - target)
   low = high = math.log(guess)
-  step = 0.02
   while excess(high) > 0:
     low, high, step = high, high + step, 2 * step
   while excess(low) <= 0:

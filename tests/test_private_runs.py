@@ -121,13 +121,14 @@ OTHERS = {
   'fedkseed': SCALARS
   | {'method': 'fedkseed', 'local_steps': 4, 'num_seeds': 64},
   'dp_sgd': {
-    'method': 'dp_sgd', 'num_rounds': 6, 'sampling_rate': 0.3,
-    'research_float_noise': True,
+    'method': 'dp_sgd', 'num_rounds': 6, 'sampling_rate': 0.1,
+    'research_float_noise': True, 'epsilon_dp': 3.0,
   },
   'dp_sketch': {'method': 'dp_sketch', 'coordinates': 8, 'num_rounds': 6},
   'local steps': {
     'num_rounds': 6, 'local_steps': 3, 'sampling_rate': 0.3,
-    'restart_interval': 2, 'epsilon_dp': 200.0, 'research_float_noise': True,
+    'restart_interval': 2, 'epsilon_dp': 20.0, 'research_float_noise': True,
+    'allow_unstable': True,
   },
 }  # fmt: skip
 PRIVATE = {
