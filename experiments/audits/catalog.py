@@ -60,7 +60,7 @@ def _integers(epsilon: float, delta: float) -> Claim:
     epsilon,
     delta,
     law='discrete_gaussian',
-    sensitivity=scalars.sensitivity(),
+    sensitivity=scalars.SENSITIVITY,
     count=scalars.NUM_ROUNDS * scalars.NUM_SCALARS,
   )
   spent = lambda delta: accounting.epsilon([(event,)], delta)

@@ -1,8 +1,8 @@
-"""The audit of the private byte: clipped scalars, a linear code, integer noise.
+"""The audit of the private byte, as `jaxfl.private_scalars` makes it.
 
     units = clipped_units(scalars of the examples)      # exact sums
-    code = encode(units)                                # in [-24, 24]
-    sent = clamp(code + discrete Gaussian, -127, 127)   # one byte a scalar
+    noise = prepare(...)                                # discrete Gaussian
+    sent = encode(units, noise)                         # one byte a scalar
 
 The canary is one of 24 examples. All of its scalars are far above the clip, in
 directions that both signs turn around. The adversary knows the other examples,
@@ -11,19 +11,23 @@ logarithm of their likelihood ratio. What a byte decodes to tells no more.
 """
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import discrete, events, keys, noise
+from jaxfl import discrete, events, keys, noise, private_scalars
+from jaxfl import plan as plan_lib
 
 NUM_ROUNDS, NUM_SCALARS = 4, 8
-NUM_EXAMPLES = LEVELS = 24
+NUM_EXAMPLES = 24
 CLIP_NORM = 1.0
-LARGEST = 127  # of a signed byte; -128 is left out
+SENSITIVITY = 1  # of the code, in its steps
+LARGEST = private_scalars.LARGEST['linear8']
 _SHARED = b'the seed that everybody knows...'  # 32 bytes
 
 
@@ -46,30 +50,29 @@ class Pieces(NamedTuple):
 
   Attributes:
     event: whose noise is added; the claim may be another one's.
-    code: float32[n, K], float32[K] in [0, 1) -> int32[K].
-    noise: 32 secret bytes, sigma -> int64[R, K], of all rounds of a run.
+    units: float32[n, K] -> int32[K], what is encoded.
+    noise: 32 secret bytes, sigma -> int32[R, K], of all rounds of a run.
     score: transcript -> float64[N], above 0 if it looks like sign +1.
   """
 
   event: events.IntegerNoise
-  code: Callable[..., jax.Array]
+  units: Callable[[jax.Array], jax.Array]
   noise: Callable[[bytes, float], np.ndarray]
   score: Callable[[Transcript], np.ndarray]
 
 
-def sensitivity() -> int:
-  """How far an example that is replaced moves a code."""
-  return discrete.sensitivity(LEVELS, NUM_EXAMPLES)
+@functools.cache
+def mechanism(sigma: float) -> private_scalars.Mechanism:
+  """What is shipped, for one client and this noise."""
+  plan = plan_lib.ScalarPlan(NUM_ROUNDS, NUM_SCALARS, sigma)
+  settings = private_scalars.Settings(plan, CLIP_NORM, [NUM_EXAMPLES])
+  return private_scalars.mechanism(settings, 'linear8')
 
 
 def shipped(event: events.IntegerNoise) -> Pieces:
   """The byte as it is."""
-  return Pieces(event, _code, _noise, likelihood_ratio)
-
-
-def _code(scalars, uniform):
-  units = discrete.clipped_units(scalars, clip_norm=CLIP_NORM)
-  return discrete.encode(units, uniform, levels=LEVELS, divisor=NUM_EXAMPLES)
+  units = functools.partial(discrete.clipped_units, clip_norm=CLIP_NORM)
+  return Pieces(event, units, _noise, likelihood_ratio)
 
 
 def _noise(secret, sigma):
@@ -78,9 +81,7 @@ def _noise(secret, sigma):
 
 
 def _draw(key, sigma, round):
-  return key.discrete_gaussian(
-    (NUM_SCALARS,), sigma, round=round, name='scalars'
-  )
+  return mechanism(sigma).prepare({}, {}, round, 0, key)['noise'][0]
 
 
 def half_sensitivity(event: events.IntegerNoise) -> Pieces:
@@ -91,12 +92,12 @@ def half_sensitivity(event: events.IntegerNoise) -> Pieces:
 def clip_of_the_mean(event: events.IntegerNoise) -> Pieces:
   """the mean over the examples is clipped, not the examples"""
 
-  def code(scalars, uniform):
+  def units(scalars):
     mean = scalars.mean(0, keepdims=True)
-    units = discrete.clipped_units(mean, clip_norm=CLIP_NORM)
-    return discrete.encode(units, uniform, levels=LEVELS, divisor=1)
+    one = discrete.clipped_units(mean, clip_norm=CLIP_NORM)
+    return NUM_EXAMPLES * one
 
-  return shipped(event)._replace(code=code)
+  return shipped(event)._replace(units=units)
 
 
 def noise_from_the_shared_key(event: events.IntegerNoise) -> Pieces:
@@ -139,7 +140,7 @@ BUGS = (
 def likelihood_ratio(seen: Transcript) -> np.ndarray:
   """For noise that nobody knows, by its exact law."""
   pmf = discrete.gaussian_pmf(seen.sigma)
-  reach = LARGEST + LEVELS
+  reach = LARGEST + NUM_EXAMPLES
   law = np.zeros(2 * max(reach, max(pmf)) + 1)
   law[np.array(list(pmf)) + len(law) // 2] = list(pmf.values())
   byte = np.arange(-LARGEST, LARGEST + 1)
@@ -173,17 +174,21 @@ def player(pieces: Pieces) -> Callable[[np.ndarray, int], np.ndarray]:
   """
 
   def play(signs, seed):
-    places = np.arange(NUM_ROUNDS * NUM_SCALARS)
-    uniform = keys.uniform(keys.fold(keys.root(seed), places))
-    uniform = uniform.reshape(NUM_ROUNDS, NUM_SCALARS)
-    code = jax.jit(jax.vmap(jax.vmap(pieces.code), (0, None)))
-    codes = np.asarray(code(data(seed), uniform), np.int64)
-    sigma, sent = pieces.event.scale, []
-    for i, sign in enumerate(signs):
-      secret = hashlib.sha256(f'audit {seed} {i}'.encode()).digest()
-      code = codes[0 if sign > 0 else 1]
-      sent.append(code + pieces.noise(secret, sigma))
-    clamped = np.clip(np.stack(sent), -LARGEST, LARGEST)
-    return pieces.score(Transcript(clamped, codes, sigma))
+    sigma = pieces.event.scale
+    places = np.arange(NUM_ROUNDS * NUM_SCALARS).reshape(NUM_ROUNDS, -1)
+    dither = keys.fold(keys.root(seed), places)  # of every scalar
+    units = jax.vmap(jax.vmap(pieces.units))(jnp.asarray(data(seed)))
+    scalar = lambda u, n, key: mechanism(sigma).encode(u, 0, n, key)
+    run = jax.vmap(jax.vmap(scalar))  # over rounds and scalars
+    encode = jax.jit(jax.vmap(run, (0, 0, None)))
+    codes = encode(units, np.zeros(units.shape, np.int32), dither)
+    drawn = [
+      pieces.noise(hashlib.sha256(f'audit {seed} {i}'.encode()).digest(), sigma)
+      for i in range(len(signs))
+    ]
+    of_sign = units[np.where(np.asarray(signs) > 0, 0, 1)]
+    sent = encode(of_sign, np.stack(drawn), dither)
+    wide = lambda x: np.asarray(x, np.int64)
+    return pieces.score(Transcript(wide(sent), wide(codes), sigma))
 
   return play
