@@ -4,10 +4,11 @@
         --num_rounds=2000 --restart_interval=20
 
 DIFF2 (with `--restart_interval=1`: DP-GD), its local routine if `--local_steps`
-is above 1, or integer noise on scalars (`--mechanism=discrete_gaussian` or
-`skellam`). Nothing is trained. Prints the multipliers of the noise and who is
-protected against what, then epsilon spent after rounds by three accountants,
-and writes `experiments/results/privacy.json` and `.png`.
+is above 1, DP-SGD with a `--sampling_rate` alone, or integer noise on scalars
+(`--mechanism=discrete_gaussian` or `skellam`). Nothing is trained. Prints the
+multipliers of the noise and who is protected against what, then epsilon spent
+after rounds by three accountants, and writes `experiments/results/privacy.json`
+and `.png`.
 """
 
 import dataclasses

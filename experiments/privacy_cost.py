@@ -47,7 +47,9 @@ class Settings:
     None, 'Who take turns in the local routine.'
   )
   sampling_rate: float | None = _setting(
-    None, 'Of local minibatches (Poisson, secret).'
+    None,
+    'Of secret Poisson samples: of local minibatches, or without local steps of'
+    ' DP-SGD.',
   )
   local_share: float = _setting(0.2, 'Of the budget, for local steps.')
   sensitivity: int = _setting(
@@ -97,6 +99,25 @@ def _integers(epsilon: float, delta: float, settings: Settings) -> Run:
   return Run([(each,)] * rounds, 'replace', lines)
 
 
+def _dp_sgd(epsilon: float, delta: float, settings: Settings) -> Run:
+  for name in ('restart_interval', 'budget_share'):
+    if getattr(settings, name) != getattr(Settings, name):
+      raise UsageError(
+        f'{name} is of DIFF2, whose sampling_rate needs local_steps'
+      )
+  rounds, rate = settings.num_rounds, settings.sampling_rate
+  assert rate is not None
+  plan = calibration.dp_sgd(
+    epsilon, delta, num_rounds=rounds or 0, sampling_rate=rate
+  )
+  lines = {
+    'mechanism': 'Gaussian noise, DP-SGD',
+    'sampler': f'Poisson, rate {rate:.4g}, secret',
+    'noise multiplier, sum': f'{plan.noise_multiplier:.4f}',
+  }
+  return Run(plan.rounds(), plan.adjacency, lines)
+
+
 def _diff2(epsilon: float, delta: float, settings: Settings) -> Run:
   names = ['num_rounds', 'restart_interval', 'budget_share']
   local = settings.local_steps > 1
@@ -143,14 +164,20 @@ def make(settings: Settings) -> dict[str, Any]:
   if settings.local_steps < 1:
     raise UsageError(f'local_steps must be >= 1, got {settings.local_steps}')
   local = gaussian and settings.local_steps > 1
+  sampled = gaussian and not local and settings.sampling_rate is not None
   unused = (_INTEGERS if gaussian else _DIFF2) + (() if local else _LOCAL)
+  if sampled:
+    unused = tuple(name for name in unused if name != 'sampling_rate')
   for name in unused:
     if getattr(settings, name) != getattr(Settings, name):
       raise UsageError(
         f'{name} does not apply to mechanism {settings.mechanism}'
         + (' without local_steps' if gaussian and name in _LOCAL else '')
       )
-  run = (_diff2 if gaussian else _integers)(epsilon, delta, settings)
+  make_run = _integers
+  if gaussian:
+    make_run = _dp_sgd if sampled else _diff2
+  run = make_run(epsilon, delta, settings)
   total = len(run.rounds)
   after = sorted(
     {1, *(-(-total * i // _POINTS) for i in range(1, _POINTS + 1))}
@@ -159,7 +186,7 @@ def make(settings: Settings) -> dict[str, Any]:
     name: accounting.spent(run.rounds, delta, name, after=after).tolist()
     for name in ('pld', 'rdp')
   }
-  if gaussian and not local:
+  if gaussian and not local and not sampled:
     closed = accounting.spent(run.rounds, delta, 'gdp', after=after)
     spent = {'gdp': closed.tolist(), **spent}
   bound = 'C' if run.adjacency == 'drop' else '2 C'
@@ -171,6 +198,8 @@ def make(settings: Settings) -> dict[str, Any]:
   }
   if gaussian:
     lines['relative to'] = f'{bound} / (clients * smallest client), C the clip'
+  if sampled:
+    lines['relative to'] = 'C, the clip; sums are divided by a public number'
   if local:
     lines['relative to'] += '; local: C of an example'
   return {

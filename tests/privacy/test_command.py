@@ -31,6 +31,7 @@ def settings(**change):
       ['Gaussian', 'PoissonGaussian', 'Gaussian'],
       ['pld', 'rdp'],
     ),
+    ({'sampling_rate': 0.02}, ['PoissonGaussian'], ['pld', 'rdp']),
     (
       {'mechanism': 'skellam', 'num_scalars': 2, 'sensitivity': 3},
       ['IntegerNoise'],
@@ -48,10 +49,9 @@ def test_a_run_spends_its_target(change, kinds, accountants, monkeypatch):
     assert spent == sorted(spent)
     assert spent[-1] == pytest.approx(3.0, rel=0.2 if name == 'rdp' else 0.01)
   counts = sum(e.count for e in events.from_dicts(found['events']))
-  assert counts == {'Gaussian': 40, 'IntegerNoise': 80}.get(kinds[-1], 0) + (
-    8 if 'PoissonGaussian' in kinds else 0
-  )
-  adjacency = 'adds zero' if change.get('local_steps') else 'by another'
+  releases = 80 if 'IntegerNoise' in kinds else 40
+  assert counts == releases + 8 * ('local_steps' in change)
+  adjacency = 'adds zero' if 'sampling_rate' in change else 'by another'
   assert found['lines']['adjacency'].endswith(adjacency)
   guarantee, spent = privacy_cost.tables(found)
   assert guarantee.row_count == len(found['lines'])
@@ -71,7 +71,15 @@ def test_a_run_spends_its_target(change, kinds, accountants, monkeypatch):
     ({'local_steps': 0}, 'local_steps must be >= 1, got 0'),
     ({'local_steps': 3}, 'num_clients must be >= 1, got None'),
     (LOCAL | {'sampling_rate': None}, 'sampling_rate must be in (0, 1)'),
-    ({'sampling_rate': 0.1}, 'sampling_rate does not apply to mechanism'),
+    ({'local_share': 0.1}, 'local_share does not apply to mechanism'),
+    (
+      {'sampling_rate': 0.1, 'restart_interval': 5},
+      'restart_interval is of DIFF2',
+    ),
+    (
+      {'mechanism': 'skellam', 'sampling_rate': 0.1},
+      'sampling_rate does not apply to mechanism skellam',
+    ),
     ({'num_scalars': 2}, 'num_scalars does not apply to mechanism gaussian'),
     (
       {'mechanism': 'skellam', 'restart_interval': 2},
