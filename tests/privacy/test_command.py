@@ -47,7 +47,7 @@ def test_a_run_spends_its_target(change, kinds, accountants, monkeypatch):
   assert found['rounds'] == [1, 14, 27, 40]
   for name, spent in found['epsilon'].items():
     assert spent == sorted(spent)
-    assert spent[-1] == pytest.approx(3.0, rel=0.2 if name == 'rdp' else 0.01)
+    assert spent[-1] == pytest.approx(3.0, rel=0.3 if name == 'rdp' else 0.01)
   counts = sum(e.count for e in events.from_dicts(found['events']))
   releases = 80 if 'IntegerNoise' in kinds else 40
   assert counts == releases + 8 * ('local_steps' in change)
