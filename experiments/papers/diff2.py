@@ -1,0 +1,313 @@
+"""Entries of DIFF2: private gradient descent by differences, beside DP-GD.
+
+"DIFF2: differential private optimization via gradient differences for nonconvex
+distributed learning", Murata and Suzuki, ICML 2023,
+https://arxiv.org/abs/2302.03884. The paper measures one hidden layer of ten
+softplus units on tables, ten clients, epsilon 3 and 5 at delta 1e-5, and 2,000
+rounds; ours are fewer, and noise is proportional to the root of their number.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from experiments import progress
+from experiments.config import UsageError
+from experiments.papers import common, diff2_tasks
+from experiments.papers import diff2_runs as runs
+from experiments.papers.diff2_runs import Kind, Setting
+from experiments.papers.diff2_tasks import Task
+from jaxfl.data import known_tables, tables
+
+_NAMES = {
+  'loss': 'train loss',
+  'gradient': 'squared gradient norm',
+  'test': 'test loss',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Protocol:
+  """What is compared, on one task.
+
+  Attributes:
+    grid: settings that all methods are tried with first.
+    kinds: the methods; DP-GD first.
+    epsilons: ascending; the first is the one that is tuned for.
+    published: of DIFF2, for the table.
+  """
+
+  grid: tuple[Setting, ...]
+  kinds: tuple[Kind, ...]
+  epsilons: tuple[float, ...] = (3.0, 5.0)
+  published: str = 'lower than DP-GD; figures not found'
+
+
+def grid(
+  rounds: Sequence[int], rates: Sequence[float], clips: Sequence[float]
+) -> tuple[Setting, ...]:
+  """All combinations."""
+  combinations = itertools.product(rounds, rates, clips)
+  return tuple(itertools.starmap(Setting, combinations))
+
+
+def of_table(num_rounds: int, **changes: Any) -> Protocol:
+  """The protocol of tables, which all have the same grids."""
+  settings = {
+    'rates': (0.25, 0.177, 0.125),
+    'clips': (1.0, 3.0, 10.0),
+    'curvatures': (3.0, 10.0, 30.0),
+    'intervals': (6, 20),
+  } | changes
+  first = Setting(0, 0.0, 0.0, clip_norm_diff=10.0, restart_interval=20)
+  own = runs.diff2_gd(
+    first,
+    clip_norm_diff=settings['curvatures'],
+    restart_interval=settings['intervals'],
+  )
+  common_grid = grid((num_rounds,), settings['rates'], settings['clips'])
+  return Protocol(grid=common_grid, kinds=(runs.DP_GD, own))
+
+
+def of_location(
+  task: Task, rounds: Sequence[int] = (30, 100, 300, 1000)
+) -> Protocol:
+  """The protocol of the problems with known bounds: nothing is clipped."""
+  assert task.clip_norm is not None and task.clip_norm_diff is not None
+  first = Setting(
+    0, 0.0, 0.0, clip_norm_diff=task.clip_norm_diff, restart_interval=20
+  )
+  own = runs.diff2_gd(
+    first, restart_interval=(5, 20, 80), budget_share=(0.2, 0.5, 0.8)
+  )
+  return Protocol(
+    grid=grid(rounds, (1.0, 2.0), (task.clip_norm,)),
+    kinds=(runs.DP_GD, own),
+    epsilons=(3.0,),
+    published='not in the paper',
+  )
+
+
+def compare(
+  task: Task, protocol: Protocol, seeds: Sequence[int]
+) -> dict[str, Any]:
+  """Tunes and runs all methods.
+
+  Returns:
+    `runs`: for every label, its method, epsilon, setting and runs by seed;
+    `tuning`: for every method, what was tried.
+  """
+  programs = runs.Programs(task)
+  found: dict[str, Any] = {'runs': {}, 'tuning': {}}
+  each = len(protocol.epsilons) * len(seeds)
+  each += (2 * len(protocol.epsilons) - 1) * runs.FINALISTS
+  total = sum(
+    each + len(protocol.grid) + len(kind.own(kind.start(protocol.grid[0])))
+    for kind in protocol.kinds
+  )
+  counter = itertools.count()
+  with progress.bar(total, 0, 'run') as bar:
+    advance = lambda text: bar(next(counter), text)
+    for kind in protocol.kinds:
+      first, *others = protocol.epsilons
+      tuned = runs.tune(programs, kind, protocol.grid, first, advance)
+      found['tuning'][kind.name] = {
+        'settings': len(tuned.tried),
+        'refused': tuned.refused,
+        f'epsilon {first:g}': tuned.tried,
+      }
+      best = {first: tuned.best}
+      for epsilon in others:
+        scores = runs.compete(
+          programs, tuned.finalists, epsilon, advance, {}
+        )
+        best[epsilon] = runs.best_of(scores, kind.name)
+        found['tuning'][kind.name][f'epsilon {epsilon:g}'] = {
+          setting.text(): values for setting, values in scores.items()
+        }
+      for epsilon, setting in best.items():
+        done = []
+        for seed in seeds:
+          advance(f'{kind.name} {epsilon:g} seed {seed}')
+          done.append(runs.one_run(programs, setting, epsilon, seed))
+          del done[-1]['state']
+        found['runs'][f'{kind.name}, epsilon {epsilon:g}'] = {
+          'method': kind.name,
+          'epsilon': epsilon,
+          'setting': setting.text(),
+          'interval': setting.restart_interval,
+          'runs': done,
+        }
+  return found
+
+
+def _ends(entry: dict[str, Any], measure: str) -> list[float]:
+  return [run[measure][-1] for run in entry['runs']]
+
+
+def _against(values: Sequence[float], reference: Sequence[float]) -> str:
+  """A ratio of means, and how many seeds are lower."""
+  ratio = statistics.fmean(values) / statistics.fmean(reference)
+  lower = sum(a < b for a, b in zip(values, reference, strict=True))
+  return f'{ratio:.2f} x ({lower} of {len(values)} lower)'
+
+
+def _text(values: Sequence[float]) -> str:
+  spread = statistics.stdev(values) if len(values) > 1 else 0.0
+  return f'{statistics.fmean(values):.3g} +- {spread:.1g}'
+
+
+def summarise(
+  task: Task, protocol: Protocol, found: dict[str, Any], seeds: Sequence[int]
+) -> common.Result:
+  """The result of `compare`."""
+  rows = []
+  for label, entry in found['runs'].items():
+    reference = found['runs'][f'DP-GD, epsilon {entry["epsilon"]:g}']
+    measures = [m for m in runs.MEASURES if m in entry['runs'][0]]
+    same = entry is reference
+    more = {_NAMES[m]: _text(_ends(entry, m)) for m in measures[1:]}
+    for m in measures:
+      pair = (_ends(entry, m), _ends(reference, m))
+      more[f'{m} against DP-GD'] = '-' if same else _against(*pair)
+    more['tuned setting'] = entry['setting']
+    rounds = entry['runs'][0]['round'][-1]
+    full = -(-rounds // entry['interval'])
+    rows.append(
+      common.row(
+        label,
+        _ends(entry, 'loss'),
+        published='not found' if same else protocol.published,
+        forwards=3 * (full + 2 * (rounds - full)),
+        seconds=statistics.fmean(run['seconds'] for run in entry['runs']),
+        more=more,
+      )
+    )
+  tried = {k: v['settings'] for k, v in found['tuning'].items()}
+  refused = sum(v['refused'] for v in found['tuning'].values())
+  start = next(iter(found['runs'].values()))['runs'][0]
+  loss = 'train loss above its minimum' if task.floor else 'train loss'
+  return common.result(
+    f'DIFF2 and DP-GD: {task.name}, {sum(task.sizes):,} examples,'
+    f' {len(task.sizes)} clients, {task.num_params:,} parameters',
+    f'{loss} at the end (start {start["loss"][0]:.4g})',
+    rows,
+    style='.5f',
+    settings={
+      'delta': runs.DELTA,
+      'tuned': ', '.join(f'{n} settings of {k}' for k, n in tried.items())
+      + f' ({refused} refused, as their noise would grow)',
+    },
+    notes=[
+      'forwards: per client, passes over all its examples, a backward pass'
+      ' counted as two; seconds: of CPU, a run.',
+      'One rule for all methods: least train loss, below that at the start, on'
+      f' tuning seeds {runs.TUNING_SEEDS}; first on the common grid, then what a'
+      f' method has of its own; {runs.FINALISTS} finalists at each epsilon.'
+      ' Tuning looks at private losses, which no guarantee covers.',
+      'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
+      ' difference over the step, T: restart interval, share: of the budget,'
+      ' for restarts.',
+    ],
+    seeds=seeds,
+    loss=loss,
+    tuning=found['tuning'],
+    curves=found['runs'],
+  )
+
+
+def _run(
+  request: common.Request, make: Callable[[common.Request], Any]
+) -> common.Result:
+  try:
+    task, protocol = make(request)
+  except (OSError, ValueError) as error:
+    raise UsageError(str(error)) from error
+  seeds = range(request.seeds or 5)
+  return summarise(task, protocol, compare(task, protocol, seeds), seeds)
+
+
+def draw(found: common.Result):
+  """Measures against rounds; lines are means, bands the range over seeds."""
+  entries = found['curves']
+  names = _NAMES | {'loss': found['loss']}
+  measures = [m for m in names if m in next(iter(entries.values()))['runs'][0]]
+  figure, axes = common.subplots(len(measures), found['title'], sharey=False)
+  colours = {name: f'C{i}' for i, name in enumerate(found['tuning'])}
+  for axis, measure in zip(axes, measures, strict=True):
+    for label, entry in entries.items():
+      rounds = min((run['round'] for run in entry['runs']), key=len)
+      columns = list(zip(*(run[measure] for run in entry['runs']), strict=False))
+      mean = [statistics.fmean(c) for c in columns]
+      style = '--' if entry['epsilon'] > 3 else '-'
+      colour = colours[entry['method']]
+      axis.plot(rounds, mean, style, color=colour, label=label, lw=1.4)
+      low, high = map(min, columns), map(max, columns)
+      axis.fill_between(
+        rounds, list(low), list(high), color=colour, alpha=0.15, lw=0
+      )
+    axis.set_yscale('log')
+    axis.set_xlabel('rounds')
+    axis.set_ylabel(names[measure])
+  common.legend_below(figure, axes[0])
+  return figure
+
+
+def _known(name: str, protocol: Protocol, request: common.Request):
+  if request.data_dir is None:
+    raise UsageError(f'{name} needs --data_dir, the folder where its files are')
+  table = known_tables.load(name, request.data_dir)
+  return diff2_tasks.of_table(name.replace('_', ' '), table), protocol
+
+
+def _csv(request: common.Request):
+  if request.dataset is None or request.target is None:
+    raise UsageError(
+      'csv needs --dataset, a csv file, and --target, its column to predict'
+    )
+  table = tables.scale(tables.load_csv(request.dataset, request.target), 'none')
+  return diff2_tasks.of_table('csv', table), of_table(300)
+
+
+def _location(stiff: bool, request: common.Request):
+  del request  # Unused: it needs no data.
+  task = diff2_tasks.of_location(stiff=stiff)
+  return task, of_location(task)
+
+
+def _entry(title: str, make: Callable[..., Any], *args: Any) -> common.Entry:
+  run = functools.partial(_run, make=functools.partial(make, *args))
+  return common.Entry(title, run, draw)
+
+
+_TABLE = 'DIFF2 and DP-GD at epsilon 3 and 5'
+
+ENTRIES = {
+  'california_housing': _entry(
+    f'{_TABLE}: California Housing', _known, 'california_housing', of_table(400)
+  ),
+  'gas_turbine': _entry(
+    f'{_TABLE}: Gas Turbine', _known, 'gas_turbine', of_table(200)
+  ),
+  'blogfeedback': _entry(
+    f'{_TABLE}: BlogFeedback',
+    _known,
+    'blogfeedback',
+    of_table(40, rates=(0.25, 0.125), clips=(1.0, 3.0), curvatures=(10.0, 30.0)),
+  ),
+  'csv': _entry(f'{_TABLE}: your own table (--dataset, --target)', _csv),
+  'stiff': _entry(
+    'DIFF2 and DP-GD: a stiff problem, for which theory has DIFF2 win',
+    _location,
+    True,
+  ),
+  'isotropic': _entry(
+    'DIFF2 and DP-GD: the same without slow directions; theory has a tie',
+    _location,
+    False,
+  ),
+}

@@ -1,0 +1,324 @@
+"""DIFF2 beside DP-GD: one rule to tune both, then runs on other seeds.
+
+**The rule.** Settings are tried on a tuning seed; those whose train loss ends
+above where it started, or is not finite, are rejected. (A diverged network has
+flat units: by the norm of its gradient it would win.) First the settings that
+both methods have, the learning rate, the clip of an example and in some tasks
+the number of rounds, on the same grid; then, with the best of them, what a
+method has of its own. The best few are run on a second tuning seed, and the
+least mean loss is taken. At another epsilon the same few compete again.
+Reported seeds are others.
+
+**No guarantee covers the choice**: it looks at exact losses of private data, as
+experiments of papers do. Noise is of a seed, so that figures can be made again;
+a private run takes it from the operating system.
+
+Rounds are those of `runtime.simulate` with one client at a time, without frames
+and log: the same programs on the same batches, which stay on the device.
+"""
+
+import hashlib
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.papers.diff2_tasks import Task
+from jaxfl import calibration, noise
+from jaxfl import method as method_lib
+from jaxfl import plan as plan_lib
+from jaxfl.methods import diff2
+
+DELTA = 1e-5
+MICROBATCH = 64
+TUNING_SEEDS = (100, 101)  # not among those that are reported
+FINALISTS = 2
+MEASURES = ('loss', 'gradient', 'test')
+
+
+class Setting(NamedTuple):
+  """What is tuned; the last three are DIFF2's own."""
+
+  num_rounds: int
+  learning_rate: float
+  clip_norm: float
+  clip_norm_diff: float = 1.0
+  restart_interval: int = 1
+  budget_share: float = 0.5
+
+  def text(self) -> str:
+    """For tables."""
+    shown = f'R {self.num_rounds}, lr {self.learning_rate:g}'
+    shown += f', C1 {self.clip_norm:.3g}'
+    if self.restart_interval == 1:
+      return shown
+    return (
+      f'{shown}, C2 {self.clip_norm_diff:g}, T {self.restart_interval}, share'
+      f' {self.budget_share:g}'
+    )
+
+
+class Kind(NamedTuple):
+  """A method in the comparison.
+
+  Attributes:
+    name: for tables.
+    start: setting of the common grid -> setting of the method, with defaults
+      for what it has of its own.
+    own: setting -> settings that differ in what the method has of its own.
+  """
+
+  name: str
+  start: Callable[[Setting], Setting]
+  own: Callable[[Setting], list[Setting]]
+
+
+DP_GD = Kind('DP-GD', lambda setting: setting, lambda setting: [])
+
+
+def diff2_gd(first: Setting, **own: Sequence[float]) -> Kind:
+  """DIFF2 with a grid of its own settings.
+
+  Args:
+    first: its own settings in the first stage.
+    **own: fields of `Setting` with the values of the second, all combinations.
+  """
+  names = ('clip_norm_diff', 'restart_interval', 'budget_share')
+  begin = {name: getattr(first, name) for name in names}
+
+  def others(setting):
+    found = [setting]
+    for name, values in own.items():
+      found = [s._replace(**{name: v}) for s in found for v in values]
+    return [s for s in found if s != setting]
+
+  return Kind('DIFF2-GD', lambda s: s._replace(**begin), others)
+
+
+class Programs:
+  """Programs of one task, compiled once for all seeds and multipliers.
+
+  A client's program depends on T alone: clips reach it as state.
+  """
+
+  def __init__(self, task: Task):
+    self.task = task
+    alone = lambda batch: jax.tree.map(lambda x: x[None], batch)
+    self.blocks = [alone(batch) for batch in task.clients]
+    self._clients: dict[int, Any] = {}
+    self._servers: dict[tuple, Any] = {}
+    grads = jax.value_and_grad(task.loss_fn)
+
+    @jax.jit
+    def measure(params, train, test):
+      loss, gradient = grads(params, train)
+      squares = [jnp.sum(jnp.square(x)) for x in jax.tree.leaves(gradient)]
+      held_out = loss if test is None else task.loss_fn(params, test)
+      return loss, sum(squares), held_out
+
+    self._measure = measure
+
+  def of(self, setting: Setting, method: method_lib.Method):
+    """Compiled client, of a block of one, without its loss; and server."""
+    interval = setting.restart_interval
+    if interval not in self._clients:
+      over = jax.vmap(method.client, (None, 0, 0, 0))
+      self._clients[interval] = jax.jit(lambda *args: over(*args)[0])
+    key = setting[1:5]
+    if key not in self._servers:
+      self._servers[key] = jax.jit(method.server)
+    return self._clients[interval], self._servers[key]
+
+  def measure(self, params) -> dict[str, float]:
+    """Exact values of `MEASURES`; private."""
+    values = self._measure(params, self.task.train, self.task.test)
+    found = dict(zip(MEASURES, map(float, values), strict=True))
+    if self.task.test is None:
+      del found['test']
+    return found | {'loss': found['loss'] - self.task.floor}
+
+
+def plan_of(setting: Setting, epsilon: float) -> plan_lib.Plan:
+  """Multipliers of a setting, exactly at the target."""
+  return calibration.diff2(
+    epsilon,
+    DELTA,
+    num_rounds=setting.num_rounds,
+    restart_interval=setting.restart_interval,
+    budget_share=setting.budget_share,
+  )
+
+
+def build(task: Task, setting: Setting, epsilon: float) -> method_lib.Method:
+  """The method; DP-GD if all rounds restart."""
+  return diff2.diff2(
+    task.loss_fn,
+    plan=plan_of(setting, epsilon),
+    learning_rate=setting.learning_rate,
+    clip_norm=setting.clip_norm,
+    clip_norm_diff=setting.clip_norm_diff,
+    num_examples=task.sizes,
+    microbatch_size=MICROBATCH,
+    research_float_noise=True,
+  )
+
+
+def stable(task: Task, setting: Setting, epsilon: float) -> bool:
+  """Whether `diff2` would start; known before a run."""
+  growth = plan_lib.noise_growth(
+    plan_of(setting, epsilon),
+    learning_rate=setting.learning_rate,
+    clip_norm_diff=setting.clip_norm_diff,
+    num_params=task.num_params,
+    num_examples=task.num_examples,
+  )
+  return growth < 1
+
+
+def noise_of(seed: int, text: str) -> noise.NoiseKey:
+  """Noise that can be drawn again: of public data only."""
+  entropy = hashlib.sha256(f'{seed} {text}'.encode()).digest()
+  return noise.NoiseKey(entropy, run='figure')
+
+
+def one_run(
+  programs: Programs,
+  setting: Setting,
+  epsilon: float,
+  seed: int,
+  num_points: int = 12,
+) -> dict[str, Any]:
+  """Trains.
+
+  Returns:
+    Lists `round` and `MEASURES` at `num_points` rounds and the start, seconds
+    of CPU in all, and the state at the end. A run whose loss is not finite, or
+    above ten times that at the start, ends where that is seen.
+  """
+  task, begin = programs.task, time.process_time()
+  method = build(task, setting, epsilon)
+  client, server = programs.of(setting, method)
+  key = noise_of(seed, f'{setting} {epsilon}')
+  ids = np.arange(len(programs.blocks), dtype=np.int32)
+  party = lambda ids: method_lib.Party(
+    ids, np.zeros(len(ids), np.int32), np.ones(len(ids), np.float32)
+  )
+  blocks = [(x, party(ids[i : i + 1])) for i, x in enumerate(programs.blocks)]
+  total = setting.num_rounds
+  points = {-(-total * i // num_points) for i in range(num_points + 1)}
+  state = method.init(task.init(seed))
+  found: dict[str, Any] = {'round': [0]}
+  start = programs.measure(state.params)
+  found |= {name: [value] for name, value in start.items()}
+  for round in range(total):
+    sent = [client(state, (), *block) for block in blocks]
+    messages = jax.tree.map(
+      lambda *xs: np.concatenate(xs), *jax.device_get(sent)
+    )
+    released = method.release.make(state, messages, party(ids), key)
+    released = jax.tree.map(lambda x: x[None], released)
+    state = server(state, released, party(ids[:1]))
+    if round + 1 not in points:
+      continue
+    now = programs.measure(state.params)
+    found['round'].append(round + 1)
+    for name, value in now.items():
+      found[name].append(value)
+    if method.check(state) or not now['loss'] < 10 * start['loss']:
+      break
+  return found | {'seconds': time.process_time() - begin, 'state': state}
+
+
+def score(run: Mapping[str, Any]) -> float:
+  """The loss at the end; infinite for a run that did not improve."""
+  end = run['loss'][-1]
+  return end if math.isfinite(end) and end < run['loss'][0] else math.inf
+
+
+class Tuned(NamedTuple):
+  """What tuning found.
+
+  Attributes:
+    best: the setting.
+    finalists: the best few by the first tuning seed.
+    tried: setting as text -> scores, one for every tuning seed.
+    refused: settings that were not run, as their noise would grow.
+  """
+
+  best: Setting
+  finalists: list[Setting]
+  tried: dict[str, list[float]]
+  refused: int
+
+
+def tune(
+  programs: Programs,
+  kind: Kind,
+  grid: Sequence[Setting],
+  epsilon: float,
+  advance: Callable[[str], None],
+) -> Tuned:
+  """The rule of the module's docstring, of a method at an epsilon.
+
+  Raises:
+    RuntimeError: if no setting improves on the start.
+  """
+  scores: dict[Setting, list[float]] = {}
+  refused = 0
+
+  def run(settings):
+    nonlocal refused
+    for setting in settings:
+      if not stable(programs.task, setting, epsilon):
+        refused += 1
+        continue
+      advance(f'{kind.name} {epsilon:g} {setting.text()}')
+      tried = one_run(programs, setting, epsilon, TUNING_SEEDS[0], 4)
+      scores[setting] = [score(tried)]
+
+  run(kind.start(setting) for setting in grid)
+  run(kind.own(best_of(scores, kind.name)))
+  best_of(scores, kind.name)
+  ranked = sorted(scores, key=lambda s: scores[s][0])[:FINALISTS]
+  finalists = [s for s in ranked if math.isfinite(scores[s][0])]
+  last = compete(programs, finalists, epsilon, advance, scores, TUNING_SEEDS[1:])
+  tried = {setting.text(): values for setting, values in scores.items()}
+  return Tuned(best_of(last, kind.name), finalists, tried, refused)
+
+
+def compete(
+  programs: Programs,
+  finalists: Sequence[Setting],
+  epsilon: float,
+  advance: Callable[[str], None],
+  scores: dict[Setting, list[float]],
+  seeds: Sequence[int] = TUNING_SEEDS,
+) -> dict[Setting, list[float]]:
+  """Runs finalists on tuning seeds; adds to `scores` and returns theirs."""
+  for setting in finalists:
+    for seed in seeds:
+      advance(f'{epsilon:g} {setting.text()}')
+      value = score(one_run(programs, setting, epsilon, seed, 4))
+      scores.setdefault(setting, []).append(value)
+  return {setting: scores[setting] for setting in finalists}
+
+
+def best_of(scores: Mapping[Setting, Sequence[float]], name: str) -> Setting:
+  """The setting with the least mean score.
+
+  Raises:
+    RuntimeError: if none improves on the start.
+  """
+  mean = {s: statistics.fmean(values) for s, values in scores.items()}
+  best = min(mean, key=lambda s: mean[s], default=None)
+  if best is None or not math.isfinite(mean[best]):
+    raise RuntimeError(
+      f'{name}: no setting of {len(scores)} ends below the loss at the start;'
+      ' give it lower learning rates'
+    )
+  return best
