@@ -147,18 +147,18 @@ def _ferret(config: Config, loss_fn: jt.LossFn) -> method_lib.Method:
   )
 
 
-def plan_of(config: Config, num_examples: int | None = None) -> plan.Plan:
+def plan_of(config: Config, num_units: int | None = None) -> plan.Plan:
   """What a private method releases, and under which noise.
 
   Args:
     config: of the run.
-    num_examples: of all clients, to check `delta_dp` by.
+    num_units: records or clients that are protected, to check `delta_dp` by.
 
   Raises:
     ValueError: naming the setting that is missing or out of range.
   """
   return calibration.diff2(
-    *calibration.check_target(config.epsilon_dp, config.delta_dp, num_examples),
+    *calibration.check_target(config.epsilon_dp, config.delta_dp, num_units),
     num_rounds=config.num_rounds,
     restart_interval=(
       1 if config.method == 'dp_gd' else config.restart_interval
@@ -172,10 +172,13 @@ def _diff2(
   loss_fn: jt.LossFn,
   num_examples: Sequence[int] | np.ndarray | None,
 ) -> method_lib.Method:
-  total = None if num_examples is None else sum(map(int, num_examples))
+  count = None
+  if num_examples is not None:
+    by_client = config.privacy_unit == 'client'
+    count = len(num_examples) if by_client else sum(map(int, num_examples))
   return diff2.diff2(
     loss_fn,
-    plan=plan_of(config, total),
+    plan=plan_of(config, count),
     learning_rate=_schedule(
       config, config.schedule, _filled(config.learning_rate)
     ),

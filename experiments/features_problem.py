@@ -33,12 +33,4 @@ def build(config: Config) -> parts.Problem:
   scores = objectives.class_scores(None, 'features')
   loss_fn = objectives.classification_loss(scores, config.objective)
   measure = objectives.evaluate_classes(scores, num_labels)
-  return parts.Problem(
-    task=task,
-    params={'head': {'out': out}},
-    frozen=(),
-    loss_fn=lambda frozen, params, batch: loss_fn(params, batch),
-    evaluate=lambda params: measure(params, task.eval_batches),
-    shape=None,
-    notes=notes,
-  )
+  return parts.whole(task, {'head': {'out': out}}, loss_fn, measure, notes)

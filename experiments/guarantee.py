@@ -4,7 +4,7 @@ from typing import Any
 
 from experiments import build
 from experiments.config import Config
-from jaxfl import accounting
+from jaxfl import accounting, calibration
 from jaxfl import plan as plan_lib
 
 _SAMPLER = 'none: every client takes part in every round, with all its examples'
@@ -13,6 +13,10 @@ _CAVEATS = (
   'The noise is of floats and only resembles the mechanism: research use.',
   'Covered are the weights and the log. Whoever sees messages, or choices made'
   ' after looking at private losses, knows more.',
+)
+_SCALED = (
+  'Features are scaled by what the data hold (feature_scaling), which the'
+  ' guarantee does not cover; auto and none are covered.'
 )
 
 
@@ -24,6 +28,7 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
     num_examples: of the clients.
   """
   plan = build.plan_of(config)
+  scaled = config.feature_scaling in ('minmax', 'standard')
   return {
     'epsilon_dp': config.epsilon_dp,
     'delta_dp': config.delta_dp,
@@ -36,14 +41,15 @@ def describe(config: Config, num_examples) -> dict[str, Any]:
     'num_examples': [int(n) for n in num_examples],
     'plan': plan._asdict(),
     'epsilon_spent_if_all_rounds_run': spent(config, config.num_rounds),
-    'caveats': list(_CAVEATS),
+    'caveats': [*_CAVEATS, *([_SCALED] if scaled else [])],
   }
 
 
 def spent(config: Config, rounds: int) -> float:
   """Epsilon after so many rounds, by the closed form."""
   plan = build.plan_of(config)
-  found = accounting.spent(plan.rounds(), _delta(config), 'gdp', after=[rounds])
+  _, delta = calibration.check_target(config.epsilon_dp, config.delta_dp)
+  found = accounting.spent(plan.rounds(), delta, 'gdp', after=[rounds])
   return float(found[0])
 
 
@@ -63,8 +69,3 @@ def text(found: dict[str, Any]) -> str:
       *found['caveats'],
     )
   )
-
-
-def _delta(config: Config) -> float:
-  assert config.delta_dp is not None  # the method was built with it
-  return config.delta_dp

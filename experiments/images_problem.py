@@ -2,11 +2,9 @@
 
 import pathlib
 
-import jax
-
 from experiments import parts
 from experiments.config import Config
-from jaxfl import keys, objectives
+from jaxfl import objectives
 from jaxfl.data import images
 from jaxfl.models import cnn
 
@@ -42,21 +40,12 @@ def build(config: Config) -> parts.Problem:
     eval_examples=config.eval_examples or None,
   )
   num_labels = 1 + int(max(data.y_train.max(), data.y_test.max()))
-  key = keys.stream(keys.root(config.seed), 'init')
   params = cnn.init(
-    jax.random.wrap_key_data(key, impl='threefry2x32'),
+    parts.init_key(config),
     data.x_train.shape[1:],
     num_labels,
   )
   scores = lambda params, batch: cnn.logits(params, batch['images'])
   loss_fn = objectives.classification_loss(scores, config.objective)
   measure = objectives.evaluate_classes(scores, num_labels)
-  return parts.Problem(
-    task=task,
-    params=params,
-    frozen=(),
-    loss_fn=lambda frozen, params, batch: loss_fn(params, batch),
-    evaluate=lambda params: measure(params, task.eval_batches),
-    shape=None,
-    notes=notes,
-  )
+  return parts.whole(task, params, loss_fn, measure, notes)

@@ -83,6 +83,39 @@ def split(
   return parts, partition.describe(parts, values, named)
 
 
+def whole(
+  task: batching.Task,
+  params: jt.Params,
+  loss_fn: jt.LossFn,
+  measure: Callable[[jt.Params, Any], dict[str, float]],
+  notes: str,
+) -> Problem:
+  """The problem of a small network of our own, all of which is trained.
+
+  Args:
+    task: the clients' data.
+    params: at the start.
+    loss_fn: params, batch -> float[].
+    measure: params, batches -> metrics by name.
+    notes: lines to show before the run.
+  """
+  return Problem(
+    task=task,
+    params=params,
+    frozen=(),
+    loss_fn=lambda frozen, params, batch: loss_fn(params, batch),
+    evaluate=lambda params: measure(params, task.eval_batches),
+    shape=None,
+    notes=notes,
+  )
+
+
+def init_key(config: Config) -> jax.Array:
+  """The key of a run under which new weights are drawn."""
+  key = keys.stream(keys.root(config.seed), 'init')
+  return jax.random.wrap_key_data(key, impl='threefry2x32')
+
+
 def assemble(
   config: Config,
   model: models.Model,

@@ -25,10 +25,14 @@ def settings_of(header: log_lib.Header) -> dict[str, Any]:
 def header_of(
   config: Config, method: method_lib.Method, problem: problem_lib.Problem
 ) -> log_lib.Header:
-  """The header of a run's log."""
+  """The header of a run's log.
+
+  A private run's has no digest of the data: whoever knows all records but one
+  could try what the last one is.
+  """
   base = problem.params
   digests = dict.fromkeys(DIGESTS, '') | {
-    'data_digest': problem.task.digest,
+    'data_digest': '' if method.private else problem.task.digest,
     'frozen_digest': digest_lib.digest(problem.frozen),
   }
   return log_lib.Header(

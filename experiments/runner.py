@@ -51,7 +51,7 @@ def run(
   with distributed.together(UsageError):
     method = build.build_method(config, build.no_loss)
     found = problem.build(config)
-    private = method.release is not None
+    private = method.private
     if private and found.task.whole is None:
       raise UsageError(
         f'method {config.method} needs all examples of a client at once, which'
@@ -61,11 +61,11 @@ def run(
     num_examples = found.task.num_examples
     method = build.build_method(config, build.no_loss, num_examples)
     build.check_params(method, found.params)
-    population = build.build_population(config, method, found.task.num_examples)
+    population = build.build_population(config, method, num_examples)
   with distributed.together(UsageError):
     if first:
       workdir_lib.claim(workdir, config)
-  if found.notes and first:
+  if found.notes and first and not private:  # they count labels
     print(found.notes)
   if private:
     promise = guarantee.describe(config, num_examples)

@@ -135,8 +135,9 @@ class Session:
 
   def rounds(self, population) -> Iterator[simulate.Round]:
     """Runs the rounds that are left."""
-    task, key = self._problem.task, None
-    if self._method.release is None:
+    task, base, key = self._problem.task, self._problem.params, None
+    prepare = self._method.prepare
+    if prepare is None:
       batch_fn = lambda round, client: task.batches(
         self.config.seed,
         client,
@@ -146,9 +147,9 @@ class Session:
       )
     else:
       key = noise.NoiseKey.fresh(run=str(self.workdir.path))
-      batch_fn = lambda round, client: {
-        name: x[None] for name, x in task.whole(client).items()
-      }
+      batch_fn = lambda round, client: prepare(
+        base, task.whole(client), round, client, key
+      )
     for done in simulate.simulate(
       self._method,
       self.state,
@@ -249,7 +250,7 @@ class Session:
       'bytes_log': self.workdir.log.stat().st_size,
       **self.ledger,
     }
-    if self._method.release is not None:
+    if self._method.private:
       summary['epsilon_spent'] = guarantee.spent(self.config, self.round)
     write_json(self.workdir.summary, summary)
     report.curve(rows, rows[0].metric, self.workdir.curve)

@@ -288,8 +288,9 @@ STUDIES = {
         'method': 'decomfl',
         'num_perturbations': 20,
         'mu': 1e-3,
-        'learning_rate': 6e-3,
-        'num_rounds': 120,
+        'learning_rate': 5e-3,
+        'schedule': 'linear',
+        'num_rounds': 150,
       },
       'FedAvg': _MNIST
       | {

@@ -2,11 +2,9 @@
 
 import pathlib
 
-import jax
-
 from experiments import parts
 from experiments.config import Config
-from jaxfl import keys, objectives
+from jaxfl import objectives
 from jaxfl.data import known_tables, tables
 from jaxfl.models import mlp
 
@@ -23,9 +21,8 @@ def build(config: Config) -> parts.Problem:
     config, rows, 'label' if has_labels else None, table.label_names
   )
   task = tables.task(table, shares, name=name)
-  key = keys.stream(keys.root(config.seed), 'init')
   params = mlp.init(
-    jax.random.wrap_key_data(key, impl='threefry2x32'),
+    parts.init_key(config),
     table.x_train.shape[1],
     config.hidden_units,
     len(table.label_names) or 1,
@@ -43,15 +40,7 @@ def build(config: Config) -> parts.Problem:
       f'objective {config.objective} needs classes, the target is a number; use'
       ' loss'
     )
-  return parts.Problem(
-    task=task,
-    params=params,
-    frozen=(),
-    loss_fn=lambda frozen, params, batch: loss_fn(params, batch),
-    evaluate=lambda params: measure(params, task.eval_batches),
-    shape=None,
-    notes=notes,
-  )
+  return parts.whole(task, params, loss_fn, measure, notes)
 
 
 def _load(config: Config) -> tuple[str, tables.Table]:

@@ -23,7 +23,7 @@ from collections.abc import Callable
 
 from scipy import optimize
 
-from jaxfl import accounting, events, gdp
+from jaxfl import accounting, checks, events, gdp, private_scalars
 from jaxfl.plan import Plan
 
 
@@ -196,6 +196,40 @@ def integer_noise(
   cost = lambda std: accounting.epsilon([(event(std),)], delta_dp)
   guess = sensitivity * math.sqrt(count) / gdp.mu_of(epsilon_dp, delta_dp)
   return event(_smallest(cost, epsilon_dp, guess))
+
+
+def scalars(
+  epsilon_dp: float,
+  delta_dp: float,
+  *,
+  num_rounds: int,
+  num_scalars: int,
+  law: str = 'discrete_gaussian',
+) -> private_scalars.Plan:
+  """The noise of private scalars, at most 0.1 % above what is needed.
+
+  Args:
+    epsilon_dp: of the whole run.
+    delta_dp: likewise.
+    num_rounds: R.
+    num_scalars: of a client in a round.
+    law: `discrete_gaussian`, or `gaussian` for floats.
+
+  Raises:
+    ValueError: for a target or a setting out of range; names the field.
+  """
+  check_target(epsilon_dp, delta_dp)
+  _at_least('num_rounds', num_rounds, 1)
+  _at_least('num_scalars', num_scalars, 1)
+  checks.one_of('law', law, ('discrete_gaussian', 'gaussian'))
+  count = num_rounds * num_scalars
+  if law == 'gaussian':
+    z = math.sqrt(count) / (gdp.mu_of(epsilon_dp, delta_dp) * (1.0 - 1e-9))
+  else:
+    z = integer_noise(
+      epsilon_dp, delta_dp, law=law, sensitivity=1, count=count
+    ).scale
+  return private_scalars.Plan(num_rounds, num_scalars, z, law)
 
 
 def _smallest(

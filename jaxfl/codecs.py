@@ -9,12 +9,13 @@ rates of 12 bits exact in float32.
     name                  bytes     values
     log8                  K         +-2**((m - 64) / 5), m = 1..127, and 0
     linear8               K         q scale / 127, q = -127..127
+    linear16              2 K       q scale / 32767, q = -32767..32767
     sign1                 (K+8)//8  +-scale
     bfloat16              2 K       the nearest of 8 significant bits
     float32               4 K       as they are
 
-`log8` and `linear8` round to the nearest value; `log8_stochastic` and
-`linear8_stochastic` round to one of the two neighbours without bias. One
+`log8`, `linear8` and `linear16` round to the nearest value; `log8_stochastic`
+and `linear8_stochastic` round to one of the two neighbours without bias. One
 byte per gradient: Zelikman et al., "Just One Byte (per gradient)",
 arXiv:2306.10015, whose code has nine bits; one bit: Seide et al., "1-bit
 stochastic gradient descent", Interspeech 2014.
@@ -37,6 +38,7 @@ CODECS = (
   'log8_stochastic',
   'linear8',
   'linear8_stochastic',
+  'linear16',
   'sign1',
   'bfloat16',
   'float32',
@@ -69,7 +71,8 @@ def codec(name: str, scale: float = 1.0) -> Codec:
 
   Args:
     name: one of `CODECS`.
-    scale: largest value of `linear8`, magnitude of `sign1`; unused by others.
+    scale: largest value of `linear8` and `linear16`, magnitude of `sign1`;
+      unused by others.
 
   Raises:
     ValueError: for an unknown name, or a scale outside [2**-100, 2**100].
@@ -82,6 +85,8 @@ def codec(name: str, scale: float = 1.0) -> Codec:
     return _float_codec(name)
   if name == 'sign1':
     return _sign_codec(scale)
+  if name == 'linear16':
+    return _linear16_codec(scale)
   levels = log8_levels() if 'log8' in name else linear8_levels(scale)
   return _level_codec(name, levels)
 
@@ -142,6 +147,25 @@ def _level_codec(name: str, levels: np.ndarray) -> Codec:
 
   struct = lambda num_values: jax.ShapeDtypeStruct((num_values,), dtype)
   return Codec(name, encode, decode, struct)
+
+
+def _linear16_codec(scale: float) -> Codec:
+  """A multiple of a step, which has 8 bits: products are exact in float32."""
+  step = round_significant(scale / 32767, 8)
+
+  def encode(values, key):
+    del key  # Unused.
+    values = _vector(values)
+    q = jnp.clip(jnp.rint(values * np.float32(1.0 / step)), -32767, 32767)
+    return jnp.where(jnp.isfinite(values), q, -32768).astype(jnp.int16)
+
+  def decode(code, num_values):
+    code = _check_code('linear16', code, struct(num_values))
+    value = code.astype(jnp.float32) * np.float32(step)
+    return jnp.where(code == -32768, jnp.float32(jnp.nan), value)
+
+  struct = lambda num_values: jax.ShapeDtypeStruct((num_values,), jnp.int16)
+  return Codec('linear16', encode, decode, struct)
 
 
 def _sign_codec(scale: float) -> Codec:

@@ -207,9 +207,28 @@ def encode(
   Returns:
     int32[...], with expectation `levels * mean / clip_norm`, to that scale.
   """
-  scale = levels / (divisor * 2.0**UNIT_BITS) * code_scale(divisor)
-  x = jnp.asarray(units).astype(jnp.float32) * np.float32(scale)
+  factor = np.float32(code_factor(levels, divisor))
+  return encode_by(units, uniform, factor, levels=levels)
+
+
+def encode_by(
+  units: jt.Array, uniform: jt.Array, factor: jt.Array, *, levels: int
+) -> jax.Array:
+  """`encode` for a divisor that is known to the program as its factor.
+
+  Args:
+    units: int32[...].
+    uniform: float32[...].
+    factor: float32[], `code_factor` of levels and divisor.
+    levels: see `encode`.
+  """
+  x = jnp.asarray(units).astype(jnp.float32) * factor
   return jnp.clip(grid.round_units(x, jnp.asarray(uniform)), -levels, levels)
+
+
+def code_factor(levels: int, divisor: int) -> float:
+  """What `encode` multiplies units by."""
+  return levels / (divisor * 2.0**UNIT_BITS) * code_scale(divisor)
 
 
 def code_scale(divisor: int) -> float:

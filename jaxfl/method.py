@@ -66,13 +66,22 @@ class Method(NamedTuple):
     follow: state, downlink -> state; what a replica does with a downlink. Its
       params are those of the replicas that applied the messages themselves.
     num_batches: minibatches that a client uses in a round.
-    forwards: forward passes of a client in a round, each over one minibatch.
+    forwards: forward passes of a client in a round, each over one minibatch; a
+      number or a function of the round.
     backwards: backward passes, likewise.
     projected_grads: scalars along shared directions in a message, if any.
     weight_limit: the largest sum of weights in one round.
     init_local: params -> private client state (residuals, control variates).
     check: state -> error text or None; runs on the host after every round.
-    release: of a private method; None if messages go to everybody.
+    release: of a private method with an aggregator; None if messages go to
+      everybody.
+    prepare: of a private method; None for others. Params, a client's examples,
+      round, party id, `noise.NoiseKey` -> its batches, on the host: they hold
+      the noise and the samples that nobody else may know. Of the params, only
+      shapes count; examples are all that the client has, arrays [N, ...] with
+      `example_weight`, 0 for what fills up.
+    turn: round, ids int32[C] -> the ids of those that act in it, all but for
+      methods whose clients take turns.
   """
 
   init: Callable[[jt.Params], Any]
@@ -83,13 +92,20 @@ class Method(NamedTuple):
   receivers: str
   follow: Callable[[Any, jt.Message], Any]
   num_batches: int
-  forwards: int
-  backwards: int
+  forwards: int | Callable[[int], int]
+  backwards: int | Callable[[int], int]
   projected_grads: int = 0
   weight_limit: int = 2**31 - 1
   init_local: Callable[[jt.Params], Any] = lambda params: ()
   check: Callable[[Any], str | None] = lambda state: None
   release: Release | None = None
+  prepare: Callable[..., jt.Batch] | None = None
+  turn: Callable[[int, np.ndarray], np.ndarray] = lambda round, ids: ids
+
+  @property
+  def private(self) -> bool:
+    """Whether the method hides what single examples are."""
+    return self.prepare is not None
 
   def recorded(self, params: jt.Params) -> jt.Message:
     """The shape of what the log holds: of a message, or of a release."""

@@ -190,6 +190,15 @@ class NoiseKey:
   __array__ = __copy__ = __deepcopy__ = __reduce__ = __reduce_ex__ = _refuse
 
 
+def check_key(key: Any) -> None:
+  """Raises TypeError for anything but a `NoiseKey`."""
+  if not isinstance(key, NoiseKey):
+    raise TypeError(
+      f'noise needs a NoiseKey, got {_kind(key)}: shared randomness can be'
+      ' subtracted by everybody'
+    )
+
+
 def add_gaussian(
   key: NoiseKey, tree: jt.Params, std: float, *, round: int, name: str
 ) -> jt.Params:
@@ -209,11 +218,7 @@ def add_gaussian(
     TypeError: if the key is not a NoiseKey, or a tensor is narrower than
       float32: coarse numbers give away more of what they hide.
   """
-  if not isinstance(key, NoiseKey):
-    raise TypeError(
-      f'noise needs a NoiseKey, got {_kind(key)}: shared randomness can be'
-      ' subtracted by everybody'
-    )
+  check_key(key)
   leaves = keys.named_leaves(tree)
   for path, x in leaves:
     if x.dtype not in (np.float32, np.float64):

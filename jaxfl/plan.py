@@ -57,6 +57,11 @@ class Plan(NamedTuple):
   noise_multiplier_local: float = 0.0
 
   @property
+  def exchanges(self) -> int:
+    """Exchanges of a round: two with the local routine."""
+    return 1 if self.local_steps == 1 else 2
+
+  @property
   def adjacency(self) -> str:
     """What the multipliers are relative to: a key of `ADJACENCIES`."""
     return 'replace' if self.local_steps == 1 else 'drop'

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl import calibration, digest, keys, log, noise, wire
+from jaxfl import calibration, digest, exact_norm, keys, log, noise, wire
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
 from jaxfl.methods import diff2
@@ -20,6 +20,7 @@ SETTINGS = {
   'allow_unstable': True,
 }  # fmt: skip
 PLAN = plan_lib.Plan(12, 4, 0.2, 0.3)
+LOCAL = plan_lib.Plan(6, 3, 0.2, 0.3, 4, 3, 0.4, 0.5)
 ENTROPY = bytes(range(32))
 
 
@@ -67,16 +68,20 @@ def build(**changes):
 
 def run(method, *, log=None, num_rounds=12, first=None, entropy=ENTROPY):
   batches = padded(data())
+  key = noise.NoiseKey(entropy, run='test')
+  examples = [{k: x[0] for k, x in b.items()} for b in batches]
   return list(
     simulate.simulate(
       method,
       method.init(params()) if first is None else first.state,
-      lambda round, client: batches[client],
+      lambda round, client: method.prepare(
+        params(), examples[client], round, client, key
+      ),
       simulate.Population(num_clients=3),
       num_rounds=num_rounds,
       first_round=0 if first is None else first.round,
       log=log,
-      noise=noise.NoiseKey(entropy, run='test'),
+      noise=key,
     )
   )
 
@@ -280,27 +285,34 @@ def test_exact_norm(scale):
     'a': (rng.normal(size=(300, 7)) * scale).astype(np.float32),
     'b': (rng.normal(size=1000) * scale).astype(np.float32),
   }
-  found = diff2.exact_norm(tree)
+  found = exact_norm.exact_norm(tree)
   np.testing.assert_allclose(found, np.linalg.norm(flat(tree)), rtol=2e-3)
   mixed = {'a': tree['a'][::-1].T, 'b': tree['b'][::-1]}
-  assert float(diff2.exact_norm(mixed)) == float(found)
-  assert diff2.exact_norm({'a': np.zeros(3, np.float32)}) == 0
+  assert float(exact_norm.exact_norm(mixed)) == float(found)
+  assert exact_norm.exact_norm({'a': np.zeros(3, np.float32)}) == 0
 
 
 def test_exact_norm_of_many_entries():
   """The sum of squares leaves 32 bits."""
   x = np.full(1 << 16, 0.999, np.float32)
-  np.testing.assert_allclose(diff2.exact_norm({'x': x}), 256 * 0.999, rtol=1e-3)
+  found = exact_norm.exact_norm({'x': x})
+  np.testing.assert_allclose(found, 256 * 0.999, rtol=1e-3)
 
 
 def test_dp_gd_is_diff2_that_restarts():
+  """Every release is the whole gradient, at the target's noise."""
   plan = calibration.diff2(3.0, 1e-5, num_rounds=6)
-  settings = SETTINGS | {'plan': plan}
-  a = run(diff2.dp_gd(loss_fn, **settings), num_rounds=6)
-  b = run(diff2.diff2(loss_fn, **settings), num_rounds=6)
-  assert digest.digest(a[-1].state) == digest.digest(b[-1].state)
-  with pytest.raises(ValueError, match='restart_interval of dp_gd must be 1'):
-    diff2.dp_gd(loss_fn, **(SETTINGS | {'plan': PLAN}))
+  assert plan.noise_multiplier_diff == 0
+  rounds = run(build(plan=plan, allow_unstable=False), num_rounds=6)
+  before = build().init(params())
+  for r, done in enumerate(rounds):
+    assert float(done.state.clip) == np.float32(0.8)
+    found = flat(done.state.estimate)
+    means = [clipped(gradients(before.params, c), 0.8).mean(0) for c in data()]
+    std = plan.noise_multiplier * 2 * float(np.float32(0.8)) / 9
+    wanted = np.mean(means, 0) + flat(noise_of(std, r))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-3)
+    before = done.state
 
 
 def test_learns():
@@ -312,6 +324,103 @@ def test_learns():
   end = run(method, num_rounds=60)[-1].state
   whole = {k: np.concatenate([c[k] for c in data()]) for k in ('x', 'y')}
   assert loss_fn(end.params, whole) < 0.5 * loss_fn(params(), whole)
+
+
+def local_steps(x, v, clip_norm_diff, exchange, client):
+  """The local routine in NumPy: what a client makes of x and v."""
+  examples = data()[client]
+  key = noise.NoiseKey(ENTROPY, run='test')
+  count, steps = len(examples['y']), LOCAL.local_steps - 1
+  chosen = key.bernoulli(
+    (steps, count), 0.4, round=exchange, name=f'samples of {client}'
+  )
+  draws = [
+    key.gaussian(
+      (steps, *np.shape(leaf)), 1.0, round=exchange,
+      name=f'steps of {client}/{path}',
+    )
+    for path, leaf in keys.named_leaves(params())
+  ]  # fmt: skip
+  structure = jax.tree.structure(params())
+
+  def tree(row):
+    leaves, at = [], 0
+    for leaf in jax.tree.leaves(params()):
+      size = np.size(leaf)
+      leaves.append(row[at : at + size].reshape(np.shape(leaf)))
+      at += size
+    return structure.unflatten([leaf.astype(np.float32) for leaf in leaves])
+
+  old, y, w = flat(x), flat(x) - 0.1 * flat(v), flat(v)
+  for k in range(steps):
+    c = clip_norm_diff * np.linalg.norm(y - old)
+    rows = gradients(tree(y), examples) - gradients(tree(old), examples)
+    total = (clipped(rows, c) * chosen[k][:, None]).sum(0)
+    normal = np.concatenate([d[k].ravel() for d in draws])
+    w = w + (total + 0.5 * c * normal) / (0.4 * count)
+    old, y = y, y - 0.1 * w
+  return y
+
+
+def test_local_routine_is_the_algorithm():
+  """Clients take turns; every second exchange is theirs alone."""
+  rounds = run(build(plan=LOCAL))
+  assert [r.bytes_up for r in rounds[:4]] == [
+    rounds[0].bytes_up,
+    rounds[0].bytes_up // 3,
+  ] * 2
+  # one whole gradient of three clients; six passes of one over small samples
+  assert [r.forwards for r in rounds[:4]] == [3, 6, 6, 6]
+  before = build(plan=LOCAL).init(params())
+  for exchange, done in enumerate(rounds):
+    state = done.state
+    if exchange % 2 == 0:
+      np.testing.assert_array_equal(flat(state.params), flat(before.params))
+      std = (0.2 if exchange % 6 == 0 else 0.3) * float(before.clip) / 9
+      release = flat(state.estimate)
+      if exchange % 6:
+        release = release - flat(before.estimate)
+      means = []
+      for client in data():
+        rows = gradients(before.params, client)
+        if exchange % 6:
+          rows = rows - gradients(before.previous, client)
+        means.append(clipped(rows, float(before.clip)).mean(0))
+      wanted = np.mean(means, 0) + flat(noise_of(std, exchange))
+      np.testing.assert_allclose(release, wanted, rtol=0, atol=2e-3)
+    else:
+      client = exchange // 2 % 3
+      wanted = local_steps(
+        before.params, before.estimate, 0.3, exchange, client
+      )
+      np.testing.assert_allclose(flat(state.params), wanted, rtol=0, atol=3e-4)
+      moved = np.linalg.norm(flat(state.params) - flat(before.params))
+      wanted = 0.8 if exchange % 6 == 5 else 0.3 * moved
+      np.testing.assert_allclose(state.clip, wanted, rtol=2e-3)
+    before = state
+
+
+def test_local_steps_that_went_astray_change_nothing():
+  method = build(plan=LOCAL)
+  state = run(method, num_rounds=1)[0].state
+  bad = jax.tree.map(lambda x: np.full((1, *np.shape(x)), np.nan), params())
+  after = method.server(state, bad, None)
+  np.testing.assert_array_equal(flat(after.params), flat(state.params))
+  assert int(after.round) == 2
+
+
+def test_samples_are_of_the_client_alone_and_of_the_rate():
+  method = build(plan=LOCAL._replace(local_steps=2001, sampling_rate=0.3))
+  key = noise.NoiseKey(ENTROPY, run='test')
+  rows = {k: x[0] for k, x in padded(data())[1].items()}
+  given = method.prepare(params(), rows, 1, 1, key)
+  mask = given['mask'][0]
+  assert mask.shape == (2000, 5)
+  assert abs(mask.sum() / (2000 * 3) - 0.3) < 0.025
+  drawn = given['examples']['y'][0][mask]
+  assert set(drawn.tolist()) == set(data()[1]['y'].tolist())
+  with pytest.raises(TypeError, match='NoiseKey'):
+    method.prepare(params(), rows, 3, 1, keys.root(0))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +437,13 @@ def test_learns():
       {'plan': PLAN._replace(noise_multiplier_diff=0.0)},
       'noise_multiplier_diff',
     ),
-    ({'plan': PLAN._replace(local_steps=3)}, 'local_steps'),
+    ({'plan': PLAN._replace(local_steps=3)}, 'turns of 1 clients'),
+    ({'plan': LOCAL, 'unit': 'client'}, 'local_steps hide records'),
+    ({'plan': LOCAL._replace(sampling_rate=1.0)}, 'sampling_rate'),
+    (
+      {'plan': LOCAL._replace(noise_multiplier_local=0.0)},
+      'noise_multiplier_local',
+    ),
   ],
 )
 def test_refuses(changes, message):

@@ -1,11 +1,12 @@
 """Private runs from the launcher: what they promise, keep and refuse."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
-from experiments import build, replay, runner
+from experiments import build, guarantee, replay, runner
 from experiments.config import UsageError, from_mapping
 from experiments.workdir import Workdir
 from jaxfl import log as log_lib
@@ -74,6 +75,22 @@ def test_the_guarantee_is_written_down(run):
   assert found['epsilon_spent_if_all_rounds_run'] <= 20.0
 
 
+def test_the_log_tells_nothing_of_the_data(run, npz, capsys, tmp_path):
+  directory, _ = run
+  with log_lib.RoundLog.open(directory / 'rounds.log', 'r') as log:
+    assert log.header.config['data_digest'] == ''
+  runner.run(config_of(npz, num_rounds=1), tmp_path / 'run')
+  assert 'client 2' not in capsys.readouterr().out  # how many of which label
+
+
+def test_scaling_by_the_data_is_a_caveat(npz):
+  found = guarantee.describe(config_of(npz), [50] * 4)
+  assert not any('feature_scaling' in x for x in found['caveats'])
+  scaled = dataclasses.replace(config_of(npz), feature_scaling='standard')
+  found = guarantee.describe(scaled, [50] * 4)
+  assert any('feature_scaling' in x for x in found['caveats'])
+
+
 def test_no_private_loss_is_kept(run):
   directory, _ = run
   rows = metrics.read(directory / 'metrics.jsonl')
@@ -112,6 +129,10 @@ def test_dp_gd(npz, tmp_path):
     ({'epsilon_dp': None}, 'epsilon_dp must be positive'),
     ({'delta_dp': None}, 'delta_dp is missing'),
     ({'delta_dp': 0.01}, 'one over 200 examples or more'),
+    (
+      {'delta_dp': 0.3, 'privacy_unit': 'client'},
+      'one over 4 examples or more',
+    ),
     ({'participation_rate': 0.5}, 'participation_rate must be 1'),
     ({'dropout_rate': 0.1}, 'dropout_rate 0'),
     ({'weighting': 'examples'}, 'weighting must be uniform'),

@@ -2,7 +2,8 @@
 
 "DIFF2: differential private optimization via gradient differences for
 nonconvex distributed learning", Murata and Suzuki, ICML 2023,
-https://arxiv.org/abs/2302.03884; the gradient-descent routine.
+https://arxiv.org/abs/2302.03884; the gradient-descent routine, and one of local
+steps (BVR-L-SGD).
 
     r % T == 0   v_r = mean clip(g_i(x_r), C1) + noise
     else         v_r = v_{r-1} + mean clip(g_i(x_r) - g_i(x_{r-1}), c_r) + noise
@@ -14,8 +15,22 @@ in every round, with all its examples. T = 1 is DP-GD. Clients send clipped
 means to an aggregator that everybody trusts. It adds the noise, and its release
 is all that others, and the log, ever see: weights are a function of releases.
 
+With K = `local_steps` > 1, v_r goes to one client, in turn, which steps on by
+itself, with differences over secret Poisson samples I_k of its examples:
+
+    y_0 = x_r,  w_0 = v_r,  y_1 = y_0 - lr w_0
+    w_k = w_{k-1} + (sum_{I_k} clip(g_i(y_k) - g_i(y_{k-1}), c_k) + noise) / b
+    y_{k+1} = y_k - lr w_k,  c_k = C2 |y_k - y_{k-1}|,  k < K
+    x_{r+1} = y_K
+
+with b = q n_p, which is public. A round is then two exchanges, one of all
+clients and the aggregator, and one with the client whose turn it is; it adds
+the noise of its local steps itself. (The paper's text of this routine was not
+at hand: the form above is ours, after its description.)
+
 Noise is relative to how far one unit moves the mean. For a record that is
-replaced that is 2 C / (P min n_p), and for a client that is replaced 2 C / P.
+replaced that is 2 C / (P min n_p), and for a client that is replaced 2 C / P;
+with local steps it is for a record that is dropped, and half of that.
 What bounds it is the clip of examples; the aggregator clips every client's mean
 again, so that a faulty client can't do more.
 
@@ -36,6 +51,7 @@ import numpy as np
 from jaxfl import (
   calibration,
   checks,
+  exact_norm,
   grid,
   master,
   noise,
@@ -45,6 +61,7 @@ from jaxfl import (
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
 from jaxfl import typing as jt
+from jaxfl.methods import diff2_local
 
 UNITS = ('record', 'client')
 
@@ -58,7 +75,7 @@ class Diff2State(NamedTuple):
   previous: Any  # pytree of float32, x_{r-1}
   estimate: Any  # pytree of float32, v_{r-1}
   clip: jax.Array  # float32[], of what is released next: C1 or c_r
-  round: jax.Array  # int32[]
+  round: jax.Array  # int32[], exchanges done: two of a round with local steps
 
 
 def diff2(
@@ -78,8 +95,8 @@ def diff2(
 
   Args:
     loss_fn: params, batch -> float[], differentiable; a mean over examples.
-    plan: of the run, from `calibration.diff2`: rounds, T, z1 and z2.
-    learning_rate: a number or a function of the round.
+    plan: of the run, from `calibration.diff2` or `calibration.diff2_local`.
+    learning_rate: a number or a function of the exchange.
     clip_norm: C1, of the gradient of an example.
     clip_norm_diff: C2, of a difference, over the length of the step.
     num_examples: of every client, which is public; None for a replica that
@@ -92,8 +109,9 @@ def diff2(
       resemble the mechanism that is accounted for; say that you know.
 
   Returns:
-    A `Method` with a `release`. `batches` of a client are all its examples and
-    `example_weight`, 1 or 0 for padding, with a leading axis of one.
+    A `Method` with a `release`. `batches` of a client are what `prepare` makes:
+    all its examples and `example_weight`, 1 or 0 for padding, with a leading
+    axis of one; or samples and noise, when it is its turn.
 
   Raises:
     ValueError: naming the argument that is out of range; for noise that grows,
@@ -105,8 +123,9 @@ def diff2(
     ('clip_norm_diff', clip_norm_diff),
   ):
     calibration.check_bound(field, value)
-  if plan.local_steps != 1:
-    raise ValueError(f'the plan has local_steps={plan.local_steps}, not 1')
+  local_routine = plan.local_steps > 1
+  if local_routine and unit != 'record':
+    raise ValueError(f'local_steps hide records, not the unit {unit}')
   if not plan.noise_multiplier > 0:
     raise ValueError(
       f'noise_multiplier must be > 0, got {plan.noise_multiplier}'
@@ -127,8 +146,11 @@ def diff2(
   sizes = np.array([1] if num_examples is None else num_examples, np.int64)
   if not sizes.size or sizes.min() < 1:
     raise ValueError('num_examples: every client needs one example at least')
-  lr_table = schedules.table(learning_rate, plan.num_rounds, 'learning_rate')
+  num_exchanges = plan.num_rounds * plan.exchanges
+  lr_table = schedules.table(learning_rate, num_exchanges, 'learning_rate')
   num_clients = len(sizes)
+  if local_routine and num_examples is not None:
+    diff2_local.check(plan, num_clients)
   divisor = num_clients * (sizes.min() if unit == 'record' else 1)
   interval = plan.restart_interval
 
@@ -137,7 +159,7 @@ def diff2(
       return
     growth = plan_lib.noise_growth(
       plan,
-      learning_rate=float(lr_table.max()),
+      learning_rate=float(lr_table.max()) * plan.local_steps,
       clip_norm_diff=clip_norm_diff,
       num_params=sum(math.prod(np.shape(x)) for x in jax.tree.leaves(params)),
       num_examples=int(divisor),
@@ -149,6 +171,14 @@ def diff2(
         ' restart_interval, or set allow_unstable'
       )
 
+  def restarts(exchange):
+    """Whether the round of an exchange releases a whole gradient."""
+    return exchange // plan.exchanges % interval == 0
+
+  def turns(exchange):
+    """Whether an exchange is with the client whose turn it is."""
+    return exchange % plan.exchanges == 1
+
   def init(params):
     check(params)
     held = master.init(params)
@@ -159,6 +189,21 @@ def diff2(
 
   def client(state, local, batches, party):
     examples = jax.tree.map(lambda x: x[0], batches)
+    if diff2_local.NOISE in examples:
+      message, loss = diff2_local.steps(
+        loss_fn,
+        state.params,
+        state.estimate,
+        examples,
+        plan=plan,
+        learning_rate=schedules.at(lr_table, state.round),
+        clip_norm_diff=clip_norm_diff,
+        batch_size=jnp.asarray(sizes * plan.sampling_rate, jnp.float32)[
+          party.id
+        ],
+        microbatch_size=microbatch_size,
+      )
+      return message, local, {'loss': loss}
     mask = examples.pop('example_weight')
     sized = {'microbatch_size': microbatch_size}
 
@@ -181,7 +226,7 @@ def diff2(
     if interval == 1:
       found = full(state)
     else:
-      found = jax.lax.cond(state.round % interval == 0, full, difference, state)
+      found = jax.lax.cond(restarts(state.round), full, difference, state)
     share = jnp.asarray(1.0 / sizes, jnp.float32)[party.id]
     message = jax.tree.map(lambda x: x * share, found.total)
     return message, local, {'loss': found.loss}
@@ -189,10 +234,12 @@ def diff2(
   def release(state, messages, cohort, key):
     """The noised mean; on the host, by the aggregator."""
     round = int(state.round)
-    if round >= plan.num_rounds:
+    if round >= num_exchanges:
       raise ValueError(
         f'the budget is spent: the plan has {plan.num_rounds} rounds'
       )
+    if turns(round):  # noised by its client
+      return jax.tree.map(lambda x: np.asarray(x[0]), messages)
     if len(cohort.id) != num_clients:
       raise ValueError(
         f'{len(cohort.id)} of {num_clients} clients take part: a mean over'
@@ -200,7 +247,7 @@ def diff2(
       )
     bound = float(state.clip)
     z = plan.noise_multiplier
-    if round % interval:
+    if not restarts(round):
       z = plan.noise_multiplier_diff
     order = np.argsort(cohort.id)
     total = jax.tree.map(lambda x: np.zeros(x.shape[1:], np.float64), messages)
@@ -210,18 +257,34 @@ def diff2(
       if factor:
         total = jax.tree.map(lambda t, x, f=factor: t + f * x, total, one)
     mean = jax.tree.map(lambda t: t / num_clients, total)
-    std = z * 2.0 * bound / divisor
+    moved = 2.0 if plan.adjacency == 'replace' else 1.0
+    std = z * moved * bound / divisor
     return noise.add_gaussian(key, mean, std, round=round, name='release')
 
   def server(state, releases, cohort):
     del cohort  # Unused: the release is the aggregator's.
-    restart = state.round % interval == 0
+    release = jax.tree.map(lambda x: x[0], releases)
+    restart = restarts(state.round)
     estimate = jax.tree.map(
-      lambda old, new: jnp.where(restart, new[0], old + new[0]),
+      lambda old, new: jnp.where(restart, new, old + new),
       state.estimate,
-      releases,
+      release,
     )
-    lr = schedules.at(lr_table, state.round)
+    if not local_routine:
+      return moved_by(state, estimate, schedules.at(lr_table, state.round))
+    # a client's steps that went astray count as none
+    finite = [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(release)]
+    step = jax.tree.map(
+      lambda x: jnp.where(jnp.stack(finite).all(), x, 0.0), release
+    )
+    return jax.tree.map(
+      functools.partial(jnp.where, turns(state.round)),
+      moved_by(state, step, jnp.float32(1.0))._replace(estimate=state.estimate),
+      state._replace(estimate=estimate, round=state.round + 1),
+    )
+
+  def moved_by(state, estimate, lr):
+    """The state after a step of `lr * estimate`, which it keeps."""
 
     def step(x, v, e):
       # products only, each rounded once; a sum on the grid is exact
@@ -230,17 +293,17 @@ def diff2(
 
     params = jax.tree.map(step, state.params, estimate, state.exponents)
     left = grid.out_of_range(params, state.exponents)
-    next_round = state.round + 1
+    next_exchange = state.round + 1
     moved = jax.tree.map(jnp.subtract, params, state.params)
-    clip = np.float32(clip_norm_diff) * exact_norm(moved)
+    clip = np.float32(clip_norm_diff) * exact_norm.exact_norm(moved)
     return Diff2State(
       params=params,
       exponents=state.exponents,
       overflow=jax.tree.map(jnp.logical_or, state.overflow, left),
       previous=state.params,
       estimate=estimate,
-      clip=jnp.where(next_round % interval == 0, np.float32(clip_norm), clip),
-      round=next_round,
+      clip=jnp.where(restarts(next_exchange), np.float32(clip_norm), clip),
+      round=next_exchange,
     )
 
   def like(params):
@@ -250,6 +313,23 @@ def diff2(
 
   def follow(state, down):
     return server(state, jax.tree.map(lambda x: x[None], down), None)
+
+  def prepare(params, examples, round, client, key):
+    if turns(round):
+      return diff2_local.prepare(plan, params, examples, round, client, key)
+    return jax.tree.map(lambda x: np.asarray(x)[None], dict(examples))
+
+  def turn(round, ids):
+    if not turns(round):
+      return ids
+    at = round // plan.exchanges % num_clients
+    return ids[at : at + 1]
+
+  def passes(round):
+    """Forward passes of a client, and as many backward: over all examples."""
+    if turns(round):
+      return 2 * (plan.local_steps - 1)  # over minibatches
+    return 1 if restarts(round) else 2
 
   return method_lib.Method(
     init=init,
@@ -262,22 +342,13 @@ def diff2(
     receivers='everyone',
     follow=follow,
     num_batches=1,
-    forwards=2 if interval > 1 else 1,
-    backwards=2 if interval > 1 else 1,
+    forwards=passes,
+    backwards=passes,
     check=lambda state: master.check(state.overflow),
     release=method_lib.Release(release, like),
+    prepare=prepare,
+    turn=turn,
   )
-
-
-def dp_gd(loss_fn: jt.LossFn, **settings: Any) -> method_lib.Method:
-  """DP-GD: `diff2` with a plan that restarts in every round.
-
-  Raises:
-    ValueError: as `diff2`, or for another plan.
-  """
-  if (interval := settings['plan'].restart_interval) != 1:
-    raise ValueError(f'restart_interval of dp_gd must be 1, got {interval}')
-  return diff2(loss_fn, **settings)
 
 
 def _factor(tree: Any, bound: float) -> float:
@@ -286,54 +357,3 @@ def _factor(tree: Any, bound: float) -> float:
   if not math.isfinite(norm):
     return 0.0
   return min(1.0, bound / norm) if norm else 1.0
-
-
-def exact_norm(tree: Any) -> jax.Array:
-  """The norm of a pytree to about 12 bits, the same bits on every device.
-
-  Entries are rounded to 11 bits of the largest; the rest is integers.
-
-  Args:
-    tree: pytree of float32, fewer than 2**32 entries.
-
-  Returns:
-    float32[].
-  """
-  leaves = [x.reshape(-1) for x in jax.tree.leaves(tree)]
-  largest = functools.reduce(
-    jnp.maximum, [jnp.max(jnp.abs(x), initial=0.0) for x in leaves]
-  )
-  _, exponent = jnp.frexp(largest)  # largest < 2**exponent
-  exponent = jnp.clip(exponent, -100, 100)
-  zero = np.uint32(0)
-  high = low = jnp.uint32(0)
-  for x in leaves:
-    units = jnp.rint(jnp.abs(x) * grid.power_of_two(11 - exponent))
-    squares = jnp.square(units.astype(jnp.uint32))  # at most 2**22
-    words = (jnp.zeros_like(squares), squares)
-    sums = jax.lax.reduce(words, (zero, zero), _add_words, (0,))
-    high, low = _add_words((high, low), sums)
-  return _root(high, low) * grid.power_of_two(exponent - 11)
-
-
-def _add_words(x, y):
-  """The sum of two numbers of 64 bits, as (high, low) words."""
-  low = x[1] + y[1]
-  return x[0] + y[0] + (low < x[1]).astype(jnp.uint32), low
-
-
-def _root(high: jax.Array, low: jax.Array) -> jax.Array:
-  """The square root of a 64-bit number to 15 bits, float32[]."""
-  bits = 64 - jax.lax.clz(high).astype(jnp.int32)
-  bits = jnp.where(high > 0, bits, 32 - jax.lax.clz(low).astype(jnp.int32))
-  shift = jnp.maximum(bits - 29, 0) // 2 * 2  # even; 30 bits are left
-  right = shift.astype(jnp.uint32)
-  whole = (low >> right) | (high << (np.uint32(32) - right))
-  whole = jnp.where(right < 32, whole, high >> (right - np.uint32(32)))
-
-  def step(i, root):
-    larger = root | (np.uint32(1 << 14) >> i.astype(jnp.uint32))
-    return jnp.where(larger * larger <= whole, larger, root)
-
-  root = jax.lax.fori_loop(0, 15, step, jnp.uint32(0))
-  return root.astype(jnp.float32) * grid.power_of_two(shift // 2)

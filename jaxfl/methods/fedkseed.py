@@ -48,6 +48,7 @@ from jaxfl import (
   master,
   perturb,
   pool,
+  private_scalars,
   schedules,
 )
 from jaxfl import method as method_lib
@@ -93,6 +94,7 @@ def fedkseed(
   weight_decay: float = 0.0,
   forward_dtype: str | None = None,
   num_rounds: int | None = None,
+  privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
   """Builds FedKSeed, or FedKSeed-Pro.
 
@@ -114,6 +116,9 @@ def fedkseed(
       one pass over all directions.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
     num_rounds: length of the schedules; needed with functions of the round.
+    privacy: how clients hide their examples; `codec` is then one of
+      `private_scalars.CODECS`, whose range follows from it, and `batches` are
+      made by `Method.prepare`. Every local step is over all examples.
 
   Returns:
     A `Method`. A message is the code of float32[local_steps], or {'indices':
@@ -138,7 +143,13 @@ def fedkseed(
     raise ValueError(
       'importance_weight is for FedKSeed-Pro: others draw evenly'
     )
-  code = codecs.codec(codec, scale=codec_scale)
+  hide = None
+  if privacy is None:
+    code = codecs.codec(codec, scale=codec_scale)
+  else:
+    private_scalars.check_count(privacy, local_steps)
+    hide = private_scalars.mechanism(privacy, codec)
+    code = hide.code
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -193,6 +204,31 @@ def fedkseed(
     indices = draw(state, party.id, party.round)
     lr = schedules.at(lr_table, party.round)
     radius = schedules.at(mu_table, party.round)
+    key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
+
+    def measured(perturbed, direction, batch):
+      """What is sent of a step, what its client makes of it, and the loss."""
+      one = jax.tree.map(lambda leaf: leaf[None], batch)
+      g, loss = estimators.two_sided(
+        loss_fn, perturbed, direction[None], one, radius
+      )
+      g = g[0].astype(jnp.float32)
+      return g, g, loss
+
+    def hidden(perturbed, direction, batch):
+      """The same; all go on from what others decode."""
+      noise, dither = batch
+      units, loss = hide.measure(
+        loss_fn, functools.partial(perturbed, direction), examples, radius
+      )
+      sent = hide.encode(units, party.id, noise, dither)
+      return sent, code.decode(sent[None], 1)[0], loss
+
+    if hide is not None:
+      measured = hidden
+      examples = jax.tree.map(lambda x: x[0], batches['examples'])
+      steps = np.arange(local_steps, dtype=np.uint32)
+      batches = batches['noise'][0], keys.fold(key, steps)
 
     def step(params, x):
       direction, weight, batch = x
@@ -203,11 +239,7 @@ def fedkseed(
         )
         return estimators.cast(moved, forward_dtype)
 
-      one = jax.tree.map(lambda leaf: leaf[None], batch)
-      g, loss = estimators.two_sided(
-        loss_fn, perturbed, direction[None], one, radius
-      )
-      g = g[0].astype(jnp.float32)
+      sent, g, loss = measured(perturbed, direction, batch)
       # others leave out a step without a finite g, and so does its client
       move = jnp.where(jnp.isfinite(g), -(lr * g) * weight, 0.0)
       if weight_decay:
@@ -216,12 +248,11 @@ def fedkseed(
       params = perturb.perturb(
         params, direction, move, distribution=distribution
       )
-      return params, (g, loss)
+      return params, (sent, loss)
 
     steps = (pool.directions(root, indices), step_weight(state, indices))
-    _, (g, losses) = jax.lax.scan(step, state.params, (*steps, batches))
-    key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
-    message = code.encode(g, key)
+    _, (sent, losses) = jax.lax.scan(step, state.params, (*steps, batches))
+    message = code.encode(sent, key) if hide is None else sent
     if send_indices:
       indices = indices.astype(pool.index_dtype(num_seeds))
       message = {'indices': indices, 'projected_grads': message}
@@ -355,11 +386,12 @@ def fedkseed(
     downlink=downlink,
     receivers='returning',
     follow=follow,
-    num_batches=local_steps,
+    num_batches=local_steps if hide is None else 1,
     forwards=2 * local_steps,
     backwards=0,
     projected_grads=local_steps,
     check=check,
+    prepare=hide and hide.prepare,
   )
 
 

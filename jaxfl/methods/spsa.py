@@ -14,6 +14,10 @@ The sender, too, applies what the others decode. With grid weights (the
 default) the update is a sum of integers: replicas agree to the last bit,
 whatever the device and the order of the messages.
 
+With `privacy`, g is a mean over all examples of the client, each clipped, and
+the message is noised by its client: see `jaxfl.private_scalars`. Everything
+after the message is the same.
+
 A runnable toy:
 
     root = keys.root(0)
@@ -22,6 +26,7 @@ A runnable toy:
     message, _, metrics = method.client(state, (), batches, party)
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +40,7 @@ from jaxfl import (
   keys,
   master,
   perturb,
+  private_scalars,
   schedules,
 )
 from jaxfl import method as method_lib
@@ -68,6 +74,7 @@ def spsa(
   weights: str = 'grid',
   forward_dtype: str | None = None,
   num_rounds: int | None = None,
+  privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
   """Builds one-byte SPSA.
 
@@ -88,9 +95,12 @@ def spsa(
       of party ids, equal on every device all the same).
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
     num_rounds: length of the schedules; needed with functions of the round.
+    privacy: how clients hide their examples; `codec` is then one of
+      `private_scalars.CODECS`, whose range follows from it, and `batches` are
+      made by `Method.prepare`.
 
   Returns:
-    A `Method`. Messages are uint8 or float32 arrays, see `codecs.codec`.
+    A `Method`. Messages are integer or float32 arrays, see `codecs.codec`.
 
   Raises:
     ValueError: naming the argument that is out of range.
@@ -101,7 +111,15 @@ def spsa(
   checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if num_perturbations < 1:
     raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
-  code = codecs.codec(codec, scale=codec_scale)
+  hide = None
+  if privacy is None:
+    code = codecs.codec(codec, scale=codec_scale)
+  else:
+    if sides != 'two_sided':
+      raise ValueError(f'private scalars are two_sided, got sides={sides!r}')
+    private_scalars.check_count(privacy, num_perturbations)
+    hide = private_scalars.mechanism(privacy, codec)
+    code = hide.code
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -115,6 +133,8 @@ def spsa(
     )
   estimate = getattr(estimators, sides)
   num_batches = num_perturbations if sides == 'two_sided' else 1
+  if hide is not None:
+    num_batches = 1  # of everything
 
   def directions_of(party_id, round):
     """uint32[..., K, 2]: the chain of `keys` for every sample of a party."""
@@ -127,6 +147,8 @@ def spsa(
 
   def client(state, local, batches, party):
     directions = directions_of(party.id, party.round)
+    radius = schedules.at(mu_table, party.round)
+    key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
 
     def perturbed(direction, scale):
       params = perturb.perturb(
@@ -134,14 +156,28 @@ def spsa(
       )
       return estimators.cast(params, forward_dtype)
 
+    if hide is not None:
+      given = jax.tree.map(lambda x: x[0], batches)
+
+      def hidden(x):
+        direction, noise, key = x
+        units, loss = hide.measure(
+          loss_fn,
+          functools.partial(perturbed, direction),
+          given['examples'],
+          radius,
+        )
+        return hide.encode(units, party.id, noise, key), loss
+
+      dither = keys.fold(key, np.arange(num_perturbations, dtype=np.uint32))
+      message, losses = jax.lax.map(
+        hidden, (directions, given['noise'], dither)
+      )
+      return message, local, {'loss': losses.mean()}
+
     projected_grads, loss = estimate(
-      loss_fn,
-      perturbed,
-      directions,
-      batches,
-      schedules.at(mu_table, party.round),
+      loss_fn, perturbed, directions, batches, radius
     )
-    key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}
 
@@ -187,4 +223,5 @@ def spsa(
     projected_grads=num_perturbations,
     weight_limit=(2**31 - 1) // num_perturbations,
     check=lambda state: master.check(state.overflow),
+    prepare=hide and hide.prepare,
   )

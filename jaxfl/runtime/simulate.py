@@ -212,8 +212,9 @@ def simulate(
   Args:
     method: the method.
     state: from `method.init(params)`, or of a snapshot.
-    batch_fn: round, client id -> batches; must be deterministic. Clients of one
-      block may differ in shape, see `stacking`.
+    batch_fn: round, client id -> batches; must be deterministic, but for what
+      `method.prepare` adds. Clients of one block may differ in shape, see
+      `stacking`.
     population: who takes part.
     num_rounds: rounds of the whole run.
     first_round: rounds that `state` has behind it.
@@ -251,6 +252,7 @@ def simulate(
     last_round |= dict.fromkeys(population.sample(round)[0].tolist(), round)
   for round in range(first_round, num_rounds):
     sampled, ids = population.sample(round)
+    ids = method.turn(round, ids)
     record = None
     if log is not None and round < log.num_rounds:
       record = log.read(round, recorded)
@@ -268,13 +270,13 @@ def simulate(
     senders = len(ids)
     messages, bytes_up = _transmit(messages, ids, like)
     weights = population.weight_of(ids)
-    if method.release is not None:
+    if method.private:
       loss = None
-      if record is None:
-        parties = method_lib.Party(ids, np.int32(round), weights)
-        released = method.release.make(state, messages, parties, noise)
-        messages = jax.tree.map(lambda x: np.asarray(x)[None], released)
-        ids, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
+    if method.release is not None and record is None:
+      parties = method_lib.Party(ids, np.int32(round), weights)
+      released = method.release.make(state, messages, parties, noise)
+      messages = jax.tree.map(lambda x: np.asarray(x)[None], released)
+      ids, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
     if record is not None:
       messages, ids, weights = record.messages, record.ids, record.weights
     elif log is not None:
@@ -297,10 +299,15 @@ def simulate(
       loss=loss,
       bytes_up=bytes_up,
       bytes_down=bytes_down,
-      forwards=method.forwards * senders,
-      backwards=method.backwards * senders,
+      forwards=_at(method.forwards, round) * senders,
+      backwards=_at(method.backwards, round) * senders,
       projected_grads=method.projected_grads * senders,
     )
+
+
+def _at(passes, round):
+  """A number of passes, or its function of the round."""
+  return passes(round) if callable(passes) else passes
 
 
 def num_slots(method: method_lib.Method, population: Population) -> int:
@@ -351,11 +358,10 @@ def check_population(method: method_lib.Method, population: Population) -> None:
         'weighting must be uniform for a private method: what it releases is'
         ' an even mean over clients'
       )
-    if jax.process_count() > 1:
-      raise ValueError(
-        'a private method runs in one process: there is one aggregator, and'
-        ' nobody else may know its noise'
-      )
+  if method.private and jax.process_count() > 1:
+    raise ValueError(
+      'a private method runs in one process: all would have noise of their own'
+    )
   weights = population.weights or (1,) * population.num_clients
   total = sum(sorted(weights)[-population.num_slots :])
   if total > method.weight_limit:
@@ -394,7 +400,9 @@ def blocks(
   for start in range(0, len(ids), block_size):
     block = ids[start : start + block_size]
     filled = np.resize(block, block_size) if len(block) < block_size else block
-    batches = [batch_fn(round, int(i)) for i in filled]
+    # once for every client: private noise can't be drawn again
+    own = [batch_fn(round, int(i)) for i in block]
+    batches = [own[i % len(own)] for i in range(block_size)]
     party = method_lib.Party(
       id=np.asarray(filled, np.int32),
       round=np.full(block_size, round, np.int32),
