@@ -85,7 +85,7 @@ def of_location(
     first, restart_interval=(5, 20, 80), budget_share=(0.2, 0.5, 0.8)
   )
   return Protocol(
-    grid=grid(rounds, (1.0, 2.0), (task.clip_norm,)),
+    grid=grid(rounds, (0.5, 1.0, 2.0), (task.clip_norm,)),
     kinds=(runs.DP_GD, own),
     epsilons=(3.0,),
     published='not in the paper',
