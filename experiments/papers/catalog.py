@@ -1,7 +1,14 @@
 """All papers with their figures, by name."""
 
 from experiments.config import UsageError
-from experiments.papers import common, comparison, decomfl, diff2, fedkseed, ferret
+from experiments.papers import (
+  common,
+  comparison,
+  decomfl,
+  diff2,
+  fedkseed,
+  ferret,
+)
 
 PAPERS = {
   'ferret': ferret.ENTRIES,

@@ -77,7 +77,8 @@ def of_location(
   task: Task, rounds: Sequence[int] = (30, 100, 300, 1000)
 ) -> Protocol:
   """The protocol of the problems with known bounds: nothing is clipped."""
-  assert task.clip_norm is not None and task.clip_norm_diff is not None
+  assert task.clip_norm is not None
+  assert task.clip_norm_diff is not None
   first = Setting(
     0, 0.0, 0.0, clip_norm_diff=task.clip_norm_diff, restart_interval=20
   )
@@ -122,9 +123,7 @@ def compare(
       }
       best = {first: tuned.best}
       for epsilon in others:
-        scores = runs.compete(
-          programs, tuned.finalists, epsilon, advance, {}
-        )
+        scores = runs.compete(programs, tuned.finalists, epsilon, advance, {})
         best[epsilon] = runs.best_of(scores, kind.name)
         found['tuning'][kind.name][f'epsilon {epsilon:g}'] = {
           setting.text(): values for setting, values in scores.items()
@@ -174,6 +173,8 @@ def summarise(
     for m in measures:
       pair = (_ends(entry, m), _ends(reference, m))
       more[f'{m} against DP-GD'] = '-' if same else _against(*pair)
+    failed = sum(runs.score(run) == math.inf for run in entry['runs'])
+    more['seeds that failed'] = str(failed)
     more['tuned setting'] = entry['setting']
     rounds = entry['runs'][0]['round'][-1]
     full = -(-rounds // entry['interval'])
@@ -206,8 +207,8 @@ def summarise(
       'forwards: per client, passes over all its examples, a backward pass'
       ' counted as two; seconds: of CPU, a run.',
       'One rule for all methods: least train loss, below that at the start, on'
-      f' tuning seeds {runs.TUNING_SEEDS}; first on the common grid, then what a'
-      f' method has of its own; {runs.FINALISTS} finalists at each epsilon.'
+      f' tuning seeds {runs.TUNING_SEEDS}; first on the common grid, then what'
+      f' a method has of its own; {runs.FINALISTS} finalists at each epsilon.'
       ' Tuning looks at private losses, which no guarantee covers.',
       'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
       ' difference over the step, T: restart interval, share: of the budget,'
@@ -241,7 +242,9 @@ def draw(found: common.Result):
   for axis, measure in zip(axes, measures, strict=True):
     for label, entry in entries.items():
       rounds = min((run['round'] for run in entry['runs']), key=len)
-      columns = list(zip(*(run[measure] for run in entry['runs']), strict=False))
+      columns = list(
+        zip(*(run[measure] for run in entry['runs']), strict=False)
+      )
       mean = [statistics.fmean(c) for c in columns]
       style = '--' if entry['epsilon'] > 3 else '-'
       colour = colours[entry['method']]
@@ -297,7 +300,9 @@ ENTRIES = {
     f'{_TABLE}: BlogFeedback',
     _known,
     'blogfeedback',
-    of_table(40, rates=(0.25, 0.125), clips=(1.0, 3.0), curvatures=(10.0, 30.0)),
+    of_table(
+      40, rates=(0.25, 0.125), clips=(1.0, 3.0), curvatures=(10.0, 30.0)
+    ),
   ),
   'csv': _entry(f'{_TABLE}: your own table (--dataset, --target)', _csv),
   'stiff': _entry(

@@ -32,6 +32,7 @@ from experiments.papers.diff2_tasks import Task
 from jaxfl import calibration, noise
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
+from jaxfl import typing as jt
 from jaxfl.methods import diff2
 
 DELTA = 1e-5
@@ -186,6 +187,37 @@ def noise_of(seed: int, text: str) -> noise.NoiseKey:
   return noise.NoiseKey(entropy, run='figure')
 
 
+class Round:
+  """A round of a method, compiled."""
+
+  def __init__(
+    self, programs: Programs, setting: Setting, method: method_lib.Method
+  ):
+    ids = np.arange(len(programs.blocks), dtype=np.int32)
+    party = lambda ids: method_lib.Party(
+      ids, np.zeros(len(ids), np.int32), np.ones(len(ids), np.float32)
+    )
+    self._blocks = [
+      (block, party(ids[i : i + 1])) for i, block in enumerate(programs.blocks)
+    ]
+    self._cohort, self._aggregator = party(ids), party(ids[:1])
+    self._method = method
+    self._client, self._server = programs.of(setting, method)
+
+  def messages(self, state: Any) -> jt.Message:
+    """Of all clients, with a leading axis, on the host."""
+    sent = [self._client(state, (), *block) for block in self._blocks]
+    return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(sent))
+
+  def all(self, state: Any, key: noise.NoiseKey) -> Any:
+    """Clients, release and server: the next state."""
+    assert self._method.release is not None
+    make = self._method.release.make
+    released = make(state, self.messages(state), self._cohort, key)
+    released = jax.tree.map(lambda x: x[None], released)
+    return self._server(state, released, self._aggregator)
+
+
 def one_run(
   programs: Programs,
   setting: Setting,
@@ -202,13 +234,8 @@ def one_run(
   """
   task, begin = programs.task, time.process_time()
   method = build(task, setting, epsilon)
-  client, server = programs.of(setting, method)
+  step = Round(programs, setting, method)
   key = noise_of(seed, f'{setting} {epsilon}')
-  ids = np.arange(len(programs.blocks), dtype=np.int32)
-  party = lambda ids: method_lib.Party(
-    ids, np.zeros(len(ids), np.int32), np.ones(len(ids), np.float32)
-  )
-  blocks = [(x, party(ids[i : i + 1])) for i, x in enumerate(programs.blocks)]
   total = setting.num_rounds
   points = {-(-total * i // num_points) for i in range(num_points + 1)}
   state = method.init(task.init(seed))
@@ -216,13 +243,7 @@ def one_run(
   start = programs.measure(state.params)
   found |= {name: [value] for name, value in start.items()}
   for round in range(total):
-    sent = [client(state, (), *block) for block in blocks]
-    messages = jax.tree.map(
-      lambda *xs: np.concatenate(xs), *jax.device_get(sent)
-    )
-    released = method.release.make(state, messages, party(ids), key)
-    released = jax.tree.map(lambda x: x[None], released)
-    state = server(state, released, party(ids[:1]))
+    state = step.all(state, key)
     if round + 1 not in points:
       continue
     now = programs.measure(state.params)
@@ -286,7 +307,9 @@ def tune(
   best_of(scores, kind.name)
   ranked = sorted(scores, key=lambda s: scores[s][0])[:FINALISTS]
   finalists = [s for s in ranked if math.isfinite(scores[s][0])]
-  last = compete(programs, finalists, epsilon, advance, scores, TUNING_SEEDS[1:])
+  last = compete(
+    programs, finalists, epsilon, advance, scores, TUNING_SEEDS[1:]
+  )
   tried = {setting.text(): values for setting, values in scores.items()}
   return Tuned(best_of(last, kind.name), finalists, tried, refused)
 
