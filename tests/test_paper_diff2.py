@@ -154,8 +154,7 @@ def test_a_diverged_run_ends_early():
   assert all(len(end['round']) < 13 for end in up if end['loss'][-1] > 2)
 
 
-def test_stages_and_refusals(programs, location, monkeypatch):
-  monkeypatch.setattr(runs, 'FINALISTS', 1)
+def test_stages_and_refusals(programs, location):
   first = Setting(0, 0, 0, clip_norm_diff=1.0, restart_interval=3)
   kind = runs.diff2_gd(
     first, clip_norm_diff=(1.0, 1e6), restart_interval=(3, 2)
@@ -164,7 +163,7 @@ def test_stages_and_refusals(programs, location, monkeypatch):
   assert len(grid) == 2
   # the two of the grid, (1, 2) of its own; (1e6, 3) and (1e6, 2) are unstable
   texts = []
-  tuned = runs.tune(programs, kind, grid, 50.0, texts.append)
+  tuned = runs.tune(programs, kind, runs.Rule(grid, 1), 50.0, texts.append)
   assert len(tuned.tried) == 3
   assert tuned.refused == 2
   assert len(texts) == 3 + 1  # one finalist, on the second seed
@@ -174,7 +173,7 @@ def test_stages_and_refusals(programs, location, monkeypatch):
 
 
 def test_an_entry_of_a_known_problem(location, tmp_path):
-  protocol = diff2.of_location(location, rounds=(4, 8))
+  protocol = diff2.of_location(location, rounds=(4, 8), finalists=1)
   seeds = range(2)
   found = diff2.compare(location, protocol, seeds)
   result = diff2.summarise(location, protocol, found, seeds)

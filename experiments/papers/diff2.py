@@ -19,7 +19,7 @@ from experiments import progress
 from experiments.config import UsageError
 from experiments.papers import common, diff2_tasks
 from experiments.papers import diff2_runs as runs
-from experiments.papers.diff2_runs import Kind, Setting
+from experiments.papers.diff2_runs import Kind, Rule, Setting
 from experiments.papers.diff2_tasks import Task
 from jaxfl.data import known_tables, tables
 
@@ -35,13 +35,13 @@ class Protocol:
   """What is compared, on one task.
 
   Attributes:
-    grid: settings that all methods are tried with first.
+    rule: how all of them are tuned.
     kinds: the methods; DP-GD first.
     epsilons: ascending; the first is the one that is tuned for.
     published: of DIFF2, for the table.
   """
 
-  grid: tuple[Setting, ...]
+  rule: Rule
   kinds: tuple[Kind, ...]
   epsilons: tuple[float, ...] = (3.0, 5.0)
   published: str = 'lower than DP-GD; figures not found'
@@ -70,11 +70,11 @@ def of_table(num_rounds: int, **changes: Any) -> Protocol:
     restart_interval=settings['intervals'],
   )
   common_grid = grid((num_rounds,), settings['rates'], settings['clips'])
-  return Protocol(grid=common_grid, kinds=(runs.DP_GD, own))
+  return Protocol(rule=Rule(common_grid), kinds=(runs.DP_GD, own))
 
 
 def of_location(
-  task: Task, rounds: Sequence[int] = (30, 100, 300, 1000)
+  task: Task, rounds: Sequence[int], finalists: int = 3
 ) -> Protocol:
   """The protocol of the problems with known bounds: nothing is clipped."""
   assert task.clip_norm is not None
@@ -86,7 +86,9 @@ def of_location(
     first, restart_interval=(5, 20, 80), budget_share=(0.2, 0.5, 0.8)
   )
   return Protocol(
-    grid=grid(rounds, (0.5, 1.0, 2.0), (task.clip_norm,)),
+    rule=Rule(
+      grid(rounds, (0.5, 1.0, 2.0), (task.clip_norm,)), finalists, seeds=4
+    ),
     kinds=(runs.DP_GD, own),
     epsilons=(3.0,),
     published='not in the paper',
@@ -104,18 +106,20 @@ def compare(
   """
   programs = runs.Programs(task)
   found: dict[str, Any] = {'runs': {}, 'tuning': {}}
-  each = len(protocol.epsilons) * len(seeds)
-  each += (2 * len(protocol.epsilons) - 1) * runs.FINALISTS
+  rule = protocol.rule
+  tuning_seeds = runs.TUNING_SEEDS[: rule.seeds]
+  others = len(protocol.epsilons) - 1
+  each = (others + 1) * len(seeds) + len(rule.grid)
+  each += ((others + 1) * rule.seeds - 1) * rule.finalists
   total = sum(
-    each + len(protocol.grid) + len(kind.own(kind.start(protocol.grid[0])))
-    for kind in protocol.kinds
+    each + len(kind.own(kind.start(rule.grid[0]))) for kind in protocol.kinds
   )
   counter = itertools.count()
   with progress.bar(total, 0, 'run') as bar:
     advance = lambda text: bar(next(counter), text)
     for kind in protocol.kinds:
       first, *others = protocol.epsilons
-      tuned = runs.tune(programs, kind, protocol.grid, first, advance)
+      tuned = runs.tune(programs, kind, rule, first, advance)
       found['tuning'][kind.name] = {
         'settings': len(tuned.tried),
         'refused': tuned.refused,
@@ -123,7 +127,9 @@ def compare(
       }
       best = {first: tuned.best}
       for epsilon in others:
-        scores = runs.compete(programs, tuned.finalists, epsilon, advance, {})
+        scores = runs.compete(
+          programs, tuned.finalists, epsilon, advance, tuning_seeds
+        )
         best[epsilon] = runs.best_of(scores, kind.name)
         found['tuning'][kind.name][f'epsilon {epsilon:g}'] = {
           setting.text(): values for setting, values in scores.items()
@@ -164,7 +170,7 @@ def summarise(
   task: Task, protocol: Protocol, found: dict[str, Any], seeds: Sequence[int]
 ) -> common.Result:
   """The result of `compare`."""
-  rows = []
+  rows, rule = [], protocol.rule
   for label, entry in found['runs'].items():
     reference = found['runs'][f'DP-GD, epsilon {entry["epsilon"]:g}']
     measures = [m for m in runs.MEASURES if m in entry['runs'][0]]
@@ -207,8 +213,9 @@ def summarise(
       'forwards: per client, passes over all its examples, a backward pass'
       ' counted as two; seconds: of CPU, a run.',
       'One rule for all methods: least train loss, below that at the start, on'
-      f' tuning seeds {runs.TUNING_SEEDS}; first on the common grid, then what'
-      f' a method has of its own; {runs.FINALISTS} finalists at each epsilon.'
+      f' tuning seeds {runs.TUNING_SEEDS[: rule.seeds]}; first on the common'
+      ' grid and the first seed, then what a method has of its own;'
+      f' {rule.finalists} finalists on all of these seeds, at each epsilon.'
       ' Tuning looks at private losses, which no guarantee covers.',
       'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
       ' difference over the step, T: restart interval, share: of the budget,'
@@ -279,7 +286,8 @@ def _csv(request: common.Request):
 def _location(stiff: bool, request: common.Request):
   del request  # Unused: it needs no data.
   task = diff2_tasks.of_location(stiff=stiff)
-  return task, of_location(task)
+  rounds = (100, 300, 1000) if stiff else (10, 30, 100, 300)
+  return task, of_location(task, rounds)
 
 
 def _entry(title: str, make: Callable[..., Any], *args: Any) -> common.Entry:

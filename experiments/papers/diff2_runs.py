@@ -5,8 +5,8 @@ above where it started, or is not finite, are rejected. (A diverged network has
 flat units: by the norm of its gradient it would win.) First the settings that
 both methods have, the learning rate, the clip of an example and in some tasks
 the number of rounds, on the same grid; then, with the best of them, what a
-method has of its own. The best few are run on a second tuning seed, and the
-least mean loss is taken. At another epsilon the same few compete again.
+method has of its own. The best few are run on further tuning seeds, and
+the least mean loss is taken. At another epsilon the same few compete again.
 Reported seeds are others.
 
 **No guarantee covers the choice**: it looks at exact losses of private data, as
@@ -37,8 +37,7 @@ from jaxfl.methods import diff2
 
 DELTA = 1e-5
 MICROBATCH = 64
-TUNING_SEEDS = (100, 101)  # not among those that are reported
-FINALISTS = 2
+TUNING_SEEDS = (100, 101, 102, 103)  # not among those that are reported
 MEASURES = ('loss', 'gradient', 'test')
 
 
@@ -261,6 +260,20 @@ def score(run: Mapping[str, Any]) -> float:
   return end if math.isfinite(end) and end < run['loss'][0] else math.inf
 
 
+class Rule(NamedTuple):
+  """How much is tuned.
+
+  Attributes:
+    grid: settings that all methods are tried with first.
+    finalists: settings that are run on all tuning seeds.
+    seeds: of `TUNING_SEEDS`, the first so many.
+  """
+
+  grid: Sequence[Setting]
+  finalists: int = 2
+  seeds: int = 2
+
+
 class Tuned(NamedTuple):
   """What tuning found.
 
@@ -280,7 +293,7 @@ class Tuned(NamedTuple):
 def tune(
   programs: Programs,
   kind: Kind,
-  grid: Sequence[Setting],
+  rule: Rule,
   epsilon: float,
   advance: Callable[[str], None],
 ) -> Tuned:
@@ -302,15 +315,14 @@ def tune(
       tried = one_run(programs, setting, epsilon, TUNING_SEEDS[0], 4)
       scores[setting] = [score(tried)]
 
-  run(kind.start(setting) for setting in grid)
+  run(kind.start(setting) for setting in rule.grid)
   run(kind.own(best_of(scores, kind.name)))
   best_of(scores, kind.name)
-  ranked = sorted(scores, key=lambda s: scores[s][0])[:FINALISTS]
+  ranked = sorted(scores, key=lambda s: scores[s][0])[: rule.finalists]
   finalists = [s for s in ranked if math.isfinite(scores[s][0])]
-  last = compete(
-    programs, finalists, epsilon, advance, scores, TUNING_SEEDS[1:]
-  )
-  tried = {setting.text(): values for setting, values in scores.items()}
+  seeds = TUNING_SEEDS[: rule.seeds]
+  last = compete(programs, finalists, epsilon, advance, seeds[1:], scores)
+  tried = {s.text(): values for s, values in (scores | last).items()}
   return Tuned(best_of(last, kind.name), finalists, tried, refused)
 
 
@@ -319,16 +331,16 @@ def compete(
   finalists: Sequence[Setting],
   epsilon: float,
   advance: Callable[[str], None],
-  scores: dict[Setting, list[float]],
-  seeds: Sequence[int] = TUNING_SEEDS,
+  seeds: Sequence[int],
+  scores: Mapping[Setting, list[float]] | None = None,
 ) -> dict[Setting, list[float]]:
-  """Runs finalists on tuning seeds; adds to `scores` and returns theirs."""
-  for setting in finalists:
+  """Scores of finalists: those they have, and those of tuning seeds."""
+  found = {s: list((scores or {}).get(s, ())) for s in finalists}
+  for setting, values in found.items():
     for seed in seeds:
       advance(f'{epsilon:g} {setting.text()}')
-      value = score(one_run(programs, setting, epsilon, seed, 4))
-      scores.setdefault(setting, []).append(value)
-  return {setting: scores[setting] for setting in finalists}
+      values.append(score(one_run(programs, setting, epsilon, seed, 4)))
+  return found
 
 
 def best_of(scores: Mapping[Setting, Sequence[float]], name: str) -> Setting:
