@@ -75,15 +75,14 @@ def operations(task: diff2_tasks.Task) -> dict[str, Callable[[], Any]]:
     ('dp_gd', 'gradient', _FULL),
     ('diff2', 'difference', _DIFFERENCE),
   ):
-    method = diff2_runs.build(task, setting, 3.0)
-    step = diff2_runs.Round(programs, setting, method)
+    step = diff2_runs.Round(programs, setting, 3.0)
     # the round after a restart
-    state = step.all(method.init(params), fresh())
+    state = step.all(step.method.init(params), 0, fresh())
     found[f'{name} {part}'] = lambda step=step, state=state: step.messages(
       state
     )
     found[f'{name} round'] = lambda step=step, state=state: (
-      jax.block_until_ready(step.all(state, fresh()))
+      jax.block_until_ready(step.all(state, 1, fresh()))
     )
   return found
 

@@ -11,7 +11,7 @@ from experiments.config import UsageError
 from experiments.papers import catalog, common, diff2, diff2_tasks
 from experiments.papers import diff2_runs as runs
 from experiments.papers.diff2_runs import Setting
-from jaxfl import accounting, digest
+from jaxfl import accounting, digest, gdp
 from jaxfl import typing as jt
 from jaxfl.data import tables
 from jaxfl.runtime import simulate
@@ -83,37 +83,51 @@ def test_examples_are_dealt_once():
   assert sorted(np.concatenate(real)) == list(range(23))
 
 
-def test_runs_are_those_of_the_simulator(programs, location):
-  setting = Setting(5, 0.5, 2.0, 0.8, 2, 0.4)
+@pytest.mark.parametrize(
+  'setting',
+  [Setting(5, 0.5, 2.0, 0.8, 2, 0.4), Setting(3, 0.1, 2.0, 0.8, 2, 0.4, 3)],
+)
+def test_runs_are_those_of_the_simulator(
+  programs, location, setting, monkeypatch
+):
+  monkeypatch.setattr(runs, 'LOCAL_BATCH', 10)
   found = runs.one_run(programs, setting, 3.0, seed=7)
   method = runs.build(location, setting, 3.0)
+  key = runs.noise_of(7, f'{setting} 3.0')
+  assert (prepare := method.prepare) is not None
+  params = location.init(7)
+  examples = [
+    jax.tree.map(lambda x: np.asarray(x[0]), batch)
+    for batch in location.clients
+  ]
   rounds = simulate.simulate(
     method,
-    method.init(location.init(7)),
-    lambda round, client: location.clients[client],
+    method.init(params),
+    lambda round, client: prepare(params, examples[client], round, client, key),
     simulate.Population(num_clients=4),
-    num_rounds=5,
-    noise=runs.noise_of(7, f'{setting} 3.0'),
+    num_rounds=setting.num_rounds * (1 if setting.local_steps == 1 else 2),
+    noise=key,
   )
   *_, last = rounds
   assert digest.digest(last.state.params) == digest.digest(
     found['state'].params
   )
-  assert found['round'] == [0, 1, 2, 3, 4, 5]
-  assert found['loss'][-1] == pytest.approx(
-    float(location.loss_fn(last.state.params, location.train)) - location.floor,
-    abs=1e-4,
-  )
-  # the noise of another seed or setting is other noise
+  assert found['round'] == list(range(setting.num_rounds + 1))
+  loss = float(location.loss_fn(last.state.params, location.train))
+  assert found['loss'][-1] == pytest.approx(loss - location.floor, abs=1e-4)
+  # the noise of another seed is other noise
   other = runs.one_run(programs, setting, 3.0, seed=8)
   assert other['loss'][-1] != found['loss'][-1]
 
 
-def test_plans_are_at_the_target():
+def test_plans_are_at_the_target(location):
+  mu = gdp.mu_of(3.0, runs.DELTA)
+  assert gdp.mu_of(runs.if_dropped(3.0), runs.DELTA) == pytest.approx(mu / 2)
   for setting in (Setting(50, 1, 1), Setting(50, 1, 1, 2, 7, 0.3)):
-    plan = runs.plan_of(setting, 3.0)
+    plan = runs.plan_of(location, setting, 3.0)
     spent = accounting.epsilon(plan.rounds(), runs.DELTA, 'gdp')
     assert spent == pytest.approx(3.0, abs=1e-6)
+    assert plan.adjacency == 'replace'
 
 
 def test_divergence_is_rejected():
@@ -156,8 +170,8 @@ def test_a_diverged_run_ends_early():
 
 def test_stages_and_refusals(programs, location):
   first = Setting(0, 0, 0, clip_norm_diff=1.0, restart_interval=3)
-  kind = runs.diff2_gd(
-    first, clip_norm_diff=(1.0, 1e6), restart_interval=(3, 2)
+  kind = runs.diff2(
+    'DIFF2-GD', first, clip_norm_diff=(1.0, 1e6), restart_interval=(3, 2)
   )
   grid = diff2.grid((6,), (0.5, 1e-3), (location.clip_norm,))
   assert len(grid) == 2

@@ -64,13 +64,29 @@ def of_table(num_rounds: int, **changes: Any) -> Protocol:
     'intervals': (6, 20),
   } | changes
   first = Setting(0, 0.0, 0.0, clip_norm_diff=10.0, restart_interval=20)
-  own = runs.diff2_gd(
-    first,
-    clip_norm_diff=settings['curvatures'],
-    restart_interval=settings['intervals'],
-  )
+  own = {
+    'clip_norm_diff': settings['curvatures'],
+    'restart_interval': settings['intervals'],
+  }
   common_grid = grid((num_rounds,), settings['rates'], settings['clips'])
-  return Protocol(rule=Rule(common_grid), kinds=(runs.DP_GD, own))
+  return Protocol(
+    rule=Rule(common_grid),
+    kinds=(runs.DP_GD, runs.diff2('DIFF2-GD', first, **own)),
+  )
+
+
+def with_local_steps(protocol: Protocol) -> Protocol:
+  """The protocol with the routine of local steps as a third method."""
+  first = Setting(
+    0, 0.0, 0.0, clip_norm_diff=10.0, restart_interval=6, local_steps=4
+  )
+  local = runs.diff2(
+    'DIFF2, local steps',
+    first,
+    clip_norm_diff=(3.0, 10.0),
+    local_steps=(2, 4, 8),
+  )
+  return dataclasses.replace(protocol, kinds=(*protocol.kinds, local))
 
 
 def of_location(
@@ -82,8 +98,11 @@ def of_location(
   first = Setting(
     0, 0.0, 0.0, clip_norm_diff=task.clip_norm_diff, restart_interval=20
   )
-  own = runs.diff2_gd(
-    first, restart_interval=(5, 20, 80), budget_share=(0.2, 0.5, 0.8)
+  own = runs.diff2(
+    'DIFF2-GD',
+    first,
+    restart_interval=(5, 20, 80),
+    budget_share=(0.2, 0.5, 0.8),
   )
   return Protocol(
     rule=Rule(
@@ -144,10 +163,19 @@ def compare(
           'method': kind.name,
           'epsilon': epsilon,
           'setting': setting.text(),
-          'interval': setting.restart_interval,
+          'passes': _passes(task, setting),
           'runs': done,
         }
   return found
+
+
+def _passes(task: Task, setting: Setting) -> float:
+  """Of a client over all its examples, a backward pass counted as two."""
+  rounds = setting.num_rounds
+  full = -(-rounds // setting.restart_interval)
+  turns = rounds / len(task.sizes) * (setting.local_steps - 1)
+  local = turns * runs.LOCAL_BATCH / min(task.sizes)
+  return 3 * (full + 2 * (rounds - full) + 2 * local)
 
 
 def _ends(entry: dict[str, Any], measure: str) -> list[float]:
@@ -182,14 +210,12 @@ def summarise(
     failed = sum(runs.score(run) == math.inf for run in entry['runs'])
     more['seeds that failed'] = str(failed)
     more['tuned setting'] = entry['setting']
-    rounds = entry['runs'][0]['round'][-1]
-    full = -(-rounds // entry['interval'])
     rows.append(
       common.row(
         label,
         _ends(entry, 'loss'),
         published='not found' if same else protocol.published,
-        forwards=3 * (full + 2 * (rounds - full)),
+        forwards=entry['passes'],
         seconds=statistics.fmean(run['seconds'] for run in entry['runs']),
         more=more,
       )
@@ -219,13 +245,28 @@ def summarise(
       ' Tuning looks at private losses, which no guarantee covers.',
       'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
       ' difference over the step, T: restart interval, share: of the budget,'
-      ' for restarts.',
+      ' for restarts, K: local steps.',
+      *_notes_of_local_steps(protocol),
     ],
     seeds=seeds,
     loss=loss,
     tuning=found['tuning'],
     curves=found['runs'],
   )
+
+
+def _notes_of_local_steps(protocol: Protocol) -> list[str]:
+  first = protocol.rule.grid[0]
+  if all(kind.start(first).local_steps == 1 for kind in protocol.kinds):
+    return []
+  pairs = ', '.join(
+    f'{runs.if_dropped(e):.2f} at {e:g}' for e in protocol.epsilons
+  )
+  return [
+    'Epsilon is for an example that is replaced. The guarantee of local steps'
+    ' is for one that is dropped, and is what the other methods give to such a'
+    f' one: {pairs}. Samples have {runs.LOCAL_BATCH} examples on average.'
+  ]
 
 
 def _run(
@@ -311,6 +352,12 @@ ENTRIES = {
     of_table(
       40, rates=(0.25, 0.125), clips=(1.0, 3.0), curvatures=(10.0, 30.0)
     ),
+  ),
+  'local_steps': _entry(
+    f'{_TABLE}: the routine of local steps, California Housing, few rounds',
+    _known,
+    'california_housing',
+    with_local_steps(of_table(100)),
   ),
   'csv': _entry(f'{_TABLE}: your own table (--dataset, --target)', _csv),
   'stiff': _entry(

@@ -17,6 +17,7 @@ Rounds are those of `runtime.simulate` with one client at a time, without frames
 and log: the same programs on the same batches, which stay on the device.
 """
 
+import functools
 import hashlib
 import math
 import statistics
@@ -29,20 +30,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.papers.diff2_tasks import Task
-from jaxfl import calibration, noise
+from jaxfl import calibration, gdp, noise
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
 from jaxfl import typing as jt
-from jaxfl.methods import diff2
+from jaxfl.methods import diff2 as diff2_method
 
 DELTA = 1e-5
 MICROBATCH = 64
+LOCAL_BATCH = 64  # mean size of a sample of local steps
 TUNING_SEEDS = (100, 101, 102, 103)  # not among those that are reported
 MEASURES = ('loss', 'gradient', 'test')
 
 
 class Setting(NamedTuple):
-  """What is tuned; the last three are DIFF2's own."""
+  """What is tuned; from `clip_norm_diff` on, DIFF2's own."""
 
   num_rounds: int
   learning_rate: float
@@ -50,6 +52,7 @@ class Setting(NamedTuple):
   clip_norm_diff: float = 1.0
   restart_interval: int = 1
   budget_share: float = 0.5
+  local_steps: int = 1
 
   def text(self) -> str:
     """For tables."""
@@ -57,10 +60,9 @@ class Setting(NamedTuple):
     shown += f', C1 {self.clip_norm:.3g}'
     if self.restart_interval == 1:
       return shown
-    return (
-      f'{shown}, C2 {self.clip_norm_diff:g}, T {self.restart_interval}, share'
-      f' {self.budget_share:g}'
-    )
+    shown += f', C2 {self.clip_norm_diff:g}, T {self.restart_interval}'
+    shown += f', share {self.budget_share:g}'
+    return shown if self.local_steps == 1 else f'{shown}, K {self.local_steps}'
 
 
 class Kind(NamedTuple):
@@ -81,36 +83,40 @@ class Kind(NamedTuple):
 DP_GD = Kind('DP-GD', lambda setting: setting, lambda setting: [])
 
 
-def diff2_gd(first: Setting, **own: Sequence[float]) -> Kind:
+def diff2(name: str, first: Setting, **own: Sequence[float]) -> Kind:
   """DIFF2 with a grid of its own settings.
 
   Args:
+    name: for tables.
     first: its own settings in the first stage.
     **own: fields of `Setting` with the values of the second, all combinations.
   """
-  names = ('clip_norm_diff', 'restart_interval', 'budget_share')
-  begin = {name: getattr(first, name) for name in names}
+  begin = {field: getattr(first, field) for field in Setting._fields[3:]}
 
   def others(setting):
     found = [setting]
-    for name, values in own.items():
-      found = [s._replace(**{name: v}) for s in found for v in values]
+    for field, values in own.items():
+      found = [s._replace(**{field: v}) for s in found for v in values]
     return [s for s in found if s != setting]
 
-  return Kind('DIFF2-GD', lambda s: s._replace(**begin), others)
+  return Kind(name, lambda s: s._replace(**begin), others)
 
 
 class Programs:
   """Programs of one task, compiled once for all seeds and multipliers.
 
-  A client's program depends on T alone: clips reach it as state.
+  A client's program depends on T alone, as clips reach it as state; with local
+  steps, on all settings and on the noise of these steps.
   """
 
   def __init__(self, task: Task):
     self.task = task
     alone = lambda batch: jax.tree.map(lambda x: x[None], batch)
     self.blocks = [alone(batch) for batch in task.clients]
-    self._clients: dict[int, Any] = {}
+    # on the host, for the samples of local steps
+    first = lambda batch: jax.tree.map(lambda x: np.asarray(x[0]), batch)
+    self.examples = [first(batch) for batch in task.clients]
+    self._clients: dict[Any, Any] = {}
     self._servers: dict[tuple, Any] = {}
     grads = jax.value_and_grad(task.loss_fn)
 
@@ -123,16 +129,17 @@ class Programs:
 
     self._measure = measure
 
-  def of(self, setting: Setting, method: method_lib.Method):
+  def of(self, setting: Setting, epsilon: float, method: method_lib.Method):
     """Compiled client, of a block of one, without its loss; and server."""
-    interval = setting.restart_interval
-    if interval not in self._clients:
+    local = setting.local_steps > 1
+    key = (setting, epsilon) if local else setting.restart_interval
+    if key not in self._clients:
       over = jax.vmap(method.client, (None, 0, 0, 0))
-      self._clients[interval] = jax.jit(lambda *args: over(*args)[0])
-    key = setting[1:5]
-    if key not in self._servers:
-      self._servers[key] = jax.jit(method.server)
-    return self._clients[interval], self._servers[key]
+      self._clients[key] = jax.jit(lambda *args: over(*args)[0])
+    server = (*setting[1:5], local)
+    if server not in self._servers:
+      self._servers[server] = jax.jit(method.server)
+    return self._clients[key], self._servers[server]
 
   def measure(self, params) -> dict[str, float]:
     """Exact values of `MEASURES`; private."""
@@ -143,22 +150,45 @@ class Programs:
     return found | {'loss': found['loss'] - self.task.floor}
 
 
-def plan_of(setting: Setting, epsilon: float) -> plan_lib.Plan:
-  """Multipliers of a setting, exactly at the target."""
-  return calibration.diff2(
-    epsilon,
+def plan_of(task: Task, setting: Setting, epsilon: float) -> plan_lib.Plan:
+  """Multipliers of a setting, at the target."""
+  return _plan(setting._replace(learning_rate=0.0), epsilon, task.sizes)
+
+
+@functools.cache
+def _plan(setting, epsilon, sizes):
+  settings: dict[str, Any] = {
+    'num_rounds': setting.num_rounds,
+    'restart_interval': setting.restart_interval,
+    'budget_share': setting.budget_share,
+  }
+  if setting.local_steps == 1:
+    return calibration.diff2(epsilon, DELTA, **settings)
+  return calibration.diff2_local(
+    if_dropped(epsilon),
     DELTA,
-    num_rounds=setting.num_rounds,
-    restart_interval=setting.restart_interval,
-    budget_share=setting.budget_share,
+    local_steps=setting.local_steps,
+    num_clients=len(sizes),
+    sampling_rate=LOCAL_BATCH / min(sizes),
+    **settings,
   )
+
+
+def if_dropped(epsilon: float) -> float:
+  """Epsilon for a dropped example, of Gaussian noise for a replaced one.
+
+  The guarantee of local steps is for examples that are dropped, which move a
+  sum half as far. So that all methods have one guarantee in common, local
+  steps get what the others give to a dropped example.
+  """
+  return gdp.epsilon_of(gdp.mu_of(epsilon, DELTA) / 2, DELTA)
 
 
 def build(task: Task, setting: Setting, epsilon: float) -> method_lib.Method:
   """The method; DP-GD if all rounds restart."""
-  return diff2.diff2(
+  return diff2_method.diff2(
     task.loss_fn,
-    plan=plan_of(setting, epsilon),
+    plan=plan_of(task, setting, epsilon),
     learning_rate=setting.learning_rate,
     clip_norm=setting.clip_norm,
     clip_norm_diff=setting.clip_norm_diff,
@@ -171,8 +201,8 @@ def build(task: Task, setting: Setting, epsilon: float) -> method_lib.Method:
 def stable(task: Task, setting: Setting, epsilon: float) -> bool:
   """Whether `diff2` would start; known before a run."""
   growth = plan_lib.noise_growth(
-    plan_of(setting, epsilon),
-    learning_rate=setting.learning_rate,
+    plan_of(task, setting, epsilon),
+    learning_rate=setting.learning_rate * setting.local_steps,
     clip_norm_diff=setting.clip_norm_diff,
     num_params=task.num_params,
     num_examples=task.num_examples,
@@ -187,34 +217,49 @@ def noise_of(seed: int, text: str) -> noise.NoiseKey:
 
 
 class Round:
-  """A round of a method, compiled."""
+  """Rounds of a method, compiled."""
 
-  def __init__(
-    self, programs: Programs, setting: Setting, method: method_lib.Method
-  ):
-    ids = np.arange(len(programs.blocks), dtype=np.int32)
-    party = lambda ids: method_lib.Party(
-      ids, np.zeros(len(ids), np.int32), np.ones(len(ids), np.float32)
-    )
-    self._blocks = [
-      (block, party(ids[i : i + 1])) for i, block in enumerate(programs.blocks)
-    ]
-    self._cohort, self._aggregator = party(ids), party(ids[:1])
-    self._method = method
-    self._client, self._server = programs.of(setting, method)
+  def __init__(self, programs: Programs, setting: Setting, epsilon: float):
+    self.method = build(programs.task, setting, epsilon)
+    self._programs = programs
+    self._ids = np.arange(len(programs.blocks), dtype=np.int32)
+    self._client, self._server = programs.of(setting, epsilon, self.method)
+    self._exchanges = plan_of(programs.task, setting, epsilon).exchanges
 
   def messages(self, state: Any) -> jt.Message:
-    """Of all clients, with a leading axis, on the host."""
-    sent = [self._client(state, (), *block) for block in self._blocks]
+    """Of all clients about all their examples, stacked, on the host."""
+    blocks = zip(self._programs.blocks, self._ids, strict=True)
+    return self._sent(state, [(block, i) for block, i in blocks])
+
+  def all(self, state: Any, round: int, key: noise.NoiseKey) -> Any:
+    """Clients, release and server: the next state."""
+    state = self._apply(state, self.messages(state), self._ids, key)
+    if self._exchanges == 1:
+      return state
+    exchange = self._exchanges * round + 1
+    (turn,) = self.method.turn(exchange, self._ids)
+    assert self.method.prepare is not None
+    examples = self._programs.examples[turn]
+    batch = self.method.prepare(state.params, examples, exchange, turn, key)
+    block = jax.tree.map(lambda x: x[None], batch)
+    sent = self._sent(state, [(block, turn)])
+    return self._apply(state, sent, self._ids[turn : turn + 1], key)
+
+  def _sent(self, state, blocks):
+    sent = [self._client(state, (), x, _party([i])) for x, i in blocks]
     return jax.tree.map(lambda *xs: np.concatenate(xs), *jax.device_get(sent))
 
-  def all(self, state: Any, key: noise.NoiseKey) -> Any:
-    """Clients, release and server: the next state."""
-    assert self._method.release is not None
-    make = self._method.release.make
-    released = make(state, self.messages(state), self._cohort, key)
-    released = jax.tree.map(lambda x: x[None], released)
-    return self._server(state, released, self._aggregator)
+  def _apply(self, state, messages, ids, key):
+    assert self.method.release is not None
+    released = self.method.release.make(state, messages, _party(ids), key)
+    released = jax.tree.map(lambda x: np.asarray(x)[None], released)
+    return self._server(state, released, _party([0]))
+
+
+def _party(ids) -> method_lib.Party:
+  ids = np.asarray(ids, np.int32)
+  weights = np.ones(len(ids), np.float32)
+  return method_lib.Party(ids, np.zeros(len(ids), np.int32), weights)
 
 
 def one_run(
@@ -232,24 +277,23 @@ def one_run(
     above ten times that at the start, ends where that is seen.
   """
   task, begin = programs.task, time.process_time()
-  method = build(task, setting, epsilon)
-  step = Round(programs, setting, method)
+  step = Round(programs, setting, epsilon)
   key = noise_of(seed, f'{setting} {epsilon}')
   total = setting.num_rounds
   points = {-(-total * i // num_points) for i in range(num_points + 1)}
-  state = method.init(task.init(seed))
+  state = step.method.init(task.init(seed))
   found: dict[str, Any] = {'round': [0]}
   start = programs.measure(state.params)
   found |= {name: [value] for name, value in start.items()}
   for round in range(total):
-    state = step.all(state, key)
+    state = step.all(state, round, key)
     if round + 1 not in points:
       continue
     now = programs.measure(state.params)
     found['round'].append(round + 1)
     for name, value in now.items():
       found[name].append(value)
-    if method.check(state) or not now['loss'] < 10 * start['loss']:
+    if step.method.check(state) or not now['loss'] < 10 * start['loss']:
       break
   return found | {'seconds': time.process_time() - begin, 'state': state}
 
