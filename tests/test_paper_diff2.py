@@ -94,7 +94,8 @@ def test_runs_are_those_of_the_simulator(
   found = runs.one_run(programs, setting, 3.0, seed=7)
   method = runs.build(location, setting, 3.0)
   key = runs.noise_of(7, f'{setting} 3.0')
-  assert (prepare := method.prepare) is not None
+  prepare = method.prepare
+  assert prepare is not None
   params = location.init(7)
   examples = [
     jax.tree.map(lambda x: np.asarray(x[0]), batch)
