@@ -8,8 +8,15 @@ import numpy as np
 import pytest
 
 from experiments.config import UsageError
-from experiments.papers import catalog, common, diff2, diff2_tasks
+from experiments.papers import (
+  catalog,
+  common,
+  diff2,
+  diff2_compare,
+  diff2_tasks,
+)
 from experiments.papers import diff2_runs as runs
+from experiments.papers import diff2_tune as tuning
 from experiments.papers.diff2_runs import Setting
 from jaxfl import accounting, digest, gdp
 from jaxfl import typing as jt
@@ -133,15 +140,15 @@ def test_plans_are_at_the_target(location):
 
 def test_divergence_is_rejected():
   run = lambda *losses: {'loss': list(losses)}
-  assert runs.score(run(2.0, 1.5)) == 1.5
-  assert runs.score(run(2.0, 0.1, 2.0)) == math.inf
-  assert runs.score(run(2.0, math.nan)) == math.inf
-  assert runs.score(run(2.0, -math.inf)) == math.inf
+  assert tuning.score(run(2.0, 1.5)) == 1.5
+  assert tuning.score(run(2.0, 0.1, 2.0)) == math.inf
+  assert tuning.score(run(2.0, math.nan)) == math.inf
+  assert tuning.score(run(2.0, -math.inf)) == math.inf
   slow, fast, wild = (Setting(9, lr, 1.0) for lr in (0.1, 1.0, 9.0))
   scores = {slow: [1.0, 1.2], fast: [0.1, math.inf], wild: [math.inf] * 2}
-  assert runs.best_of(scores, 'DP-GD') == slow
+  assert tuning.best_of(scores, 'DP-GD') == slow
   with pytest.raises(RuntimeError, match='DP-GD: no setting of 1 ends below'):
-    runs.best_of({wild: [math.inf]}, 'DP-GD')
+    tuning.best_of({wild: [math.inf]}, 'DP-GD')
 
 
 def test_a_diverged_run_ends_early():
@@ -163,7 +170,7 @@ def test_a_diverged_run_ends_early():
     runs.one_run(programs, Setting(12, 30.0, 1.0), 0.5, seed)
     for seed in range(8)
   ]
-  up = [end for end in ends if runs.score(end) == math.inf]
+  up = [end for end in ends if tuning.score(end) == math.inf]
   assert up
   assert any(e['gradient'][-1] < e['gradient'][0] for e in up)
   assert all(len(end['round']) < 13 for end in up if end['loss'][-1] > 2)
@@ -171,14 +178,14 @@ def test_a_diverged_run_ends_early():
 
 def test_stages_and_refusals(programs, location):
   first = Setting(0, 0, 0, clip_norm_diff=1.0, restart_interval=3)
-  kind = runs.diff2(
+  kind = tuning.diff2(
     'DIFF2-GD', first, clip_norm_diff=(1.0, 1e6), restart_interval=(3, 2)
   )
   grid = diff2.grid((6,), (0.5, 1e-3), (location.clip_norm,))
   assert len(grid) == 2
   # the two of the grid, (1, 2) of its own; (1e6, 3) and (1e6, 2) are unstable
   texts = []
-  tuned = runs.tune(programs, kind, runs.Rule(grid, 1), 50.0, texts.append)
+  tuned = tuning.tune(programs, kind, tuning.Rule(grid, 1), 50.0, texts.append)
   assert len(tuned.tried) == 3
   assert tuned.refused == 2
   assert len(texts) == 3 + 1  # one finalist, on the second seed
@@ -190,8 +197,8 @@ def test_stages_and_refusals(programs, location):
 def test_an_entry_of_a_known_problem(location, tmp_path):
   protocol = diff2.of_location(location, rounds=(4, 8), finalists=1)
   seeds = range(2)
-  found = diff2.compare(location, protocol, seeds)
-  result = diff2.summarise(location, protocol, found, seeds)
+  found = diff2_compare.compare(location, protocol, seeds)
+  result = diff2_compare.summarise(location, protocol, found, seeds)
   gd, ours = result['rows']
   assert gd['setting'] == 'DP-GD, epsilon 3'
   assert len(gd['values']) == 2
@@ -200,7 +207,7 @@ def test_an_entry_of_a_known_problem(location, tmp_path):
   assert 'lower)' in ours['more']['loss against DP-GD']
   assert gd['forwards'] in (12, 24)
   assert ours['forwards'] > gd['forwards'] / 2
-  entry = common.Entry('', lambda request: result, diff2.draw)
+  entry = common.Entry('', lambda request: result, diff2_compare.draw)
   common.write(result, entry, tmp_path / 'x')
   json.loads((tmp_path / 'x.json').read_text())
   assert (tmp_path / 'x.png').read_bytes().startswith(b'\x89PNG')
@@ -226,7 +233,7 @@ def test_an_entry_of_a_csv(tmp_path, monkeypatch):
   ]
   assert all(len(row['values']) == 2 for row in found['rows'])
   assert 'test loss' in found['rows'][0]['more']
-  diff2.draw(json.loads(json.dumps(found)))
+  diff2_compare.draw(json.loads(json.dumps(found)))
 
 
 def test_mistakes_name_the_flag(tmp_path):
