@@ -195,7 +195,7 @@ def test_stages_and_refusals(programs, location):
 
 
 def test_an_entry_of_a_known_problem(location, tmp_path):
-  protocol = diff2.of_location(location, rounds=(4, 8), finalists=1)
+  protocol = diff2.of_location(location, rounds=(4, 8), tuning_seeds=1)
   seeds = range(2)
   found = diff2_compare.compare(location, protocol, seeds)
   result = diff2_compare.summarise(location, protocol, found, seeds)

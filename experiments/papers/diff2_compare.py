@@ -52,11 +52,10 @@ def compare(
   rule = protocol.rule
   tuning_seeds = diff2_tune.TUNING_SEEDS[: rule.seeds]
   others = len(protocol.epsilons) - 1
-  each = (others + 1) * len(seeds) + len(rule.grid)
-  each += ((others + 1) * rule.seeds - 1) * rule.finalists
-  total = sum(
-    each + len(kind.own(kind.start(rule.grid[0]))) for kind in protocol.kinds
-  )
+  each = (others + 1) * (len(seeds) + rule.seeds * rule.finalists)
+  each += (len(rule.grid) - rule.finalists) * rule.screening
+  own = [len(kind.own(kind.start(rule.grid[0]))) for kind in protocol.kinds]
+  total = each * len(protocol.kinds) + sum(own) * rule.screening
   counter = itertools.count()
   with progress.bar(total, 0, 'run') as bar:
     advance = lambda text: bar(next(counter), text)
@@ -164,8 +163,9 @@ def summarise(
       ' counted as two; seconds: of CPU, a run.',
       'One rule for all methods: least train loss, below that at the start, on'
       f' tuning seeds {diff2_tune.TUNING_SEEDS[: rule.seeds]}; first on the'
-      ' common grid and the first seed, then what a method has of its own;'
-      f' {rule.finalists} finalists on all of these seeds, at each epsilon.'
+      f' common grid and {rule.screening} of the seeds, then what a method has'
+      f' of its own; {rule.finalists} finalists on all of these seeds, at each'
+      ' epsilon.'
       ' Tuning looks at private losses, which no guarantee covers.',
       'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
       ' difference over the step, T: restart interval, share: of the budget,'

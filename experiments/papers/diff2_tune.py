@@ -1,12 +1,13 @@
 """The rule by which DIFF2 and DP-GD are tuned, one for all methods.
 
-Settings are tried on a tuning seed; those whose train loss ends above where it
-started, or is not finite, are rejected. (A diverged network has flat units: by
-the norm of its gradient it would win.) First the settings that all methods
-have, the learning rate, the clip of an example and in some tasks the number of
-rounds, on the same grid; then, with the best of them, what a method has of its
-own. The best few are run on further tuning seeds, and the least mean loss is
-taken. At another epsilon the same few compete again. Reported seeds are others.
+Settings are tried on one tuning seed or more; those whose train loss ends above
+where it started, or is not finite, are rejected. (A diverged network has flat
+units: by the norm of its gradient it would win.) First the settings that all
+methods have, the learning rate, the clip of an example and in some tasks the
+number of rounds, on the same grid; then, with the best of them, what a method
+has of its own. The best few are run on further tuning seeds, and the least mean
+loss is taken. At another epsilon the same few compete again. Reported seeds are
+others.
 
 **No guarantee covers the choice**: it looks at exact losses of private data, as
 experiments of papers do.
@@ -72,11 +73,13 @@ class Rule(NamedTuple):
     grid: settings that all methods are tried with first.
     finalists: settings that are run on all tuning seeds.
     seeds: of `TUNING_SEEDS`, the first so many.
+    screening: of these, those that all settings are run on.
   """
 
   grid: Sequence[Setting]
   finalists: int = 2
   seeds: int = 2
+  screening: int = 1
 
 
 class Tuned(NamedTuple):
@@ -84,7 +87,7 @@ class Tuned(NamedTuple):
 
   Attributes:
     best: the setting.
-    finalists: the best few by the first tuning seed.
+    finalists: the best few by the first tuning seeds.
     tried: setting as text -> scores, one for every tuning seed.
     refused: settings that were not run, as their noise would grow.
   """
@@ -111,22 +114,22 @@ def tune(
   refused = 0
 
   def run(settings):
-    nonlocal refused
+    nonlocal refused, scores
     for setting in settings:
       if not stable(programs.task, setting, epsilon):
         refused += 1
         continue
-      advance(f'{kind.name} {epsilon:g} {setting.text()}')
-      tried = one_run(programs, setting, epsilon, TUNING_SEEDS[0], 4)
-      scores[setting] = [score(tried)]
+      seeds = TUNING_SEEDS[: rule.screening]
+      scores |= compete(programs, [setting], epsilon, advance, seeds)
 
   run(kind.start(setting) for setting in rule.grid)
   run(kind.own(best_of(scores, kind.name)))
   best_of(scores, kind.name)
-  ranked = sorted(scores, key=lambda s: scores[s][0])[: rule.finalists]
-  finalists = [s for s in ranked if math.isfinite(scores[s][0])]
-  seeds = TUNING_SEEDS[: rule.seeds]
-  last = compete(programs, finalists, epsilon, advance, seeds[1:], scores)
+  mean = {s: statistics.fmean(values) for s, values in scores.items()}
+  ranked = sorted(mean, key=lambda s: mean[s])[: rule.finalists]
+  finalists = [s for s in ranked if math.isfinite(mean[s])]
+  seeds = TUNING_SEEDS[rule.screening : rule.seeds]
+  last = compete(programs, finalists, epsilon, advance, seeds, scores)
   tried = {s.text(): values for s, values in (scores | last).items()}
   return Tuned(best_of(last, kind.name), finalists, tried, refused)
 
