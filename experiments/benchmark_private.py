@@ -5,8 +5,8 @@
 Takes about two minutes on one idle core, to which it pins itself, and writes
 experiments/results/benchmark_private.json. The shapes are those of two tables
 that private methods are measured on, filled with random numbers: ten clients,
-one hidden layer of ten softplus units. Medians over repeats in which the
-operations take turns:
+one hidden layer of ten softplus units. Seconds are of CPU, so that other work
+on the core counts less; medians over repeats in which the operations take turns:
 
   * `gradient`: of the mean loss over all examples, without privacy, all at
     once; the floor.
@@ -93,15 +93,15 @@ def fresh() -> noise.NoiseKey:
 
 
 def measure(task: diff2_tasks.Task, repeats: int) -> dict[str, list[float]]:
-  """Seconds of every operation, which take turns."""
+  """Seconds of CPU of every operation, which take turns."""
   runs = operations(task)
   seconds: dict[str, list[float]] = {name: [] for name in runs}
   for repeat in range(repeats + 1):
     for name, run in runs.items():
-      start = time.perf_counter()
+      start = time.process_time()
       run()
       if repeat:  # the first touches the memory
-        seconds[name].append(time.perf_counter() - start)
+        seconds[name].append(time.process_time() - start)
   return seconds
 
 
@@ -117,7 +117,7 @@ def main(argv):
   if _REPEATS.value < 1:
     raise app.UsageError(f'--repeats must be >= 1, got {_REPEATS.value}')
   result: dict[str, Any] = {
-    'unit': 'seconds, one core, medians',
+    'unit': 'seconds of CPU, one core, medians',
     'clients': 10,
     'microbatch_size': diff2_runs.MICROBATCH,
     'limit': LIMIT,
