@@ -6,7 +6,7 @@ Takes about two minutes on one idle core, to which it pins itself, and writes
 experiments/results/benchmark_private.json. The shapes are those of two tables
 that private methods are measured on, filled with random numbers: ten clients,
 one hidden layer of ten softplus units. Seconds are of CPU, so that other work
-on the core counts less; medians over repeats in which the operations take turns:
+on the core counts less; medians over repeats, operations taking turns:
 
   * `gradient`: of the mean loss over all examples, without privacy, all at
     once; the floor.
