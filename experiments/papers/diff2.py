@@ -150,7 +150,11 @@ ENTRIES = {
     _known,
     'blogfeedback',
     of_table(
-      40, rates=(0.25, 0.125), clips=(1.0, 3.0), curvatures=(10.0, 30.0)
+      20,
+      rates=(0.25, 0.125),
+      clips=(1.0, 3.0),
+      curvatures=(10.0, 30.0),
+      intervals=(5, 20),
     ),
   ),
   'local_steps': _entry(
