@@ -202,7 +202,7 @@ def test_an_entry_of_a_known_problem(location, tmp_path):
   gd, ours = result['rows']
   assert gd['setting'] == 'DP-GD, epsilon 3'
   assert len(gd['values']) == 2
-  assert gd['published'] == 'not found'
+  assert gd['published'] == 'not in the paper'
   assert gd['more']['loss against DP-GD'] == '-'
   assert 'lower)' in ours['more']['loss against DP-GD']
   assert gd['forwards'] in (12, 24)

@@ -29,13 +29,13 @@ class Protocol:
     rule: how all of them are tuned.
     kinds: the methods; DP-GD first.
     epsilons: ascending; the first is the one that is tuned for.
-    published: of DIFF2, for the table.
+    published: of DP-GD and of others, for the table.
   """
 
   rule: Rule
   kinds: tuple[Kind, ...]
   epsilons: tuple[float, ...] = (3.0, 5.0)
-  published: str = 'lower than DP-GD; figures not found'
+  published: tuple[str, str] = ('not found', 'lower; figures not found')
 
 
 def compare(
@@ -106,8 +106,8 @@ def _ends(entry: dict[str, Any], measure: str) -> list[float]:
 
 
 def _against(values: Sequence[float], reference: Sequence[float]) -> str:
-  """A ratio of means, and how many seeds are lower."""
-  ratio = statistics.fmean(values) / statistics.fmean(reference)
+  """A ratio of medians, and how many seeds are lower."""
+  ratio = statistics.median(values) / statistics.median(reference)
   lower = sum(a < b for a, b in zip(values, reference, strict=True))
   return f'{ratio:.2f} x ({lower} of {len(values)} lower)'
 
@@ -137,7 +137,7 @@ def summarise(
       common.row(
         label,
         _ends(entry, 'loss'),
-        published='not found' if same else protocol.published,
+        published=protocol.published[not same],
         forwards=entry['passes'],
         seconds=statistics.fmean(run['seconds'] for run in entry['runs']),
         more=more,
@@ -145,28 +145,27 @@ def summarise(
     )
   tried = {k: v['settings'] for k, v in found['tuning'].items()}
   refused = sum(v['refused'] for v in found['tuning'].values())
-  start = next(iter(found['runs'].values()))['runs'][0]
+  first = next(iter(found['runs'].values()))['runs']
+  start = statistics.fmean(run['loss'][0] for run in first)
   loss = 'train loss above its minimum' if task.floor else 'train loss'
   return common.result(
     f'DIFF2 and DP-GD: {task.name}, {sum(task.sizes):,} examples,'
     f' {len(task.sizes)} clients, {task.num_params:,} parameters',
-    f'{loss} at the end (start {start["loss"][0]:.4g})',
+    f'{loss} at the end (start {start:.4g})',
     rows,
     style='.5f',
     settings={
-      'delta': runs.DELTA,
       'tuned': ', '.join(f'{n} settings of {k}' for k, n in tried.items())
       + f' ({refused} refused, as their noise would grow)',
     },
     notes=[
-      'forwards: per client, passes over all its examples, a backward pass'
-      ' counted as two; seconds: of CPU, a run.',
+      f'Epsilon is at delta {runs.DELTA:g}. forwards: per client, passes over'
+      ' all its examples, a backward pass counted as two; seconds: of CPU, a run. Against DP-GD: medians.',
       'One rule for all methods: least train loss, below that at the start, on'
       f' tuning seeds {diff2_tune.TUNING_SEEDS[: rule.seeds]}; first on the'
       f' common grid and {rule.screening} of the seeds, then what a method has'
       f' of its own; {rule.finalists} finalists on all of these seeds, at each'
-      ' epsilon.'
-      ' Tuning looks at private losses, which no guarantee covers.',
+      ' epsilon. Tuning looks at private losses, which no guarantee covers.',
       'R: rounds, lr: learning rate, C1 and C2: clips of a gradient and of a'
       ' difference over the step, T: restart interval, share: of the budget,'
       ' for restarts, K: local steps.',
