@@ -160,7 +160,8 @@ def summarise(
     },
     notes=[
       f'Epsilon is at delta {runs.DELTA:g}. forwards: per client, passes over'
-      ' all its examples, a backward pass counted as two; seconds: of CPU, a run. Against DP-GD: medians.',
+      ' all its examples, a backward pass counted as two; seconds:'
+      ' of CPU, a run. Against DP-GD: medians.',
       'One rule for all methods: least train loss, below that at the start, on'
       f' tuning seeds {diff2_tune.TUNING_SEEDS[: rule.seeds]}; first on the'
       f' common grid and {rule.screening} of the seeds, then what a method has'
