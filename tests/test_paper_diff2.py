@@ -92,7 +92,11 @@ def test_examples_are_dealt_once():
 
 @pytest.mark.parametrize(
   'setting',
-  [Setting(5, 0.5, 2.0, 0.8, 2, 0.4), Setting(3, 0.1, 2.0, 0.8, 2, 0.4, 3)],
+  [
+    Setting(5, 0.5, 2.0, 0.8, 2, 0.4),
+    # the accountant of local steps takes its time
+    pytest.param(Setting(3, 0.1, 2.0, 0.8, 2, 0.4, 3), marks=pytest.mark.slow),
+  ],
 )
 def test_runs_are_those_of_the_simulator(
   programs, location, setting, monkeypatch

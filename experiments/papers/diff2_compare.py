@@ -51,8 +51,7 @@ def compare(
   found: dict[str, Any] = {'runs': {}, 'tuning': {}}
   rule = protocol.rule
   tuning_seeds = diff2_tune.TUNING_SEEDS[: rule.seeds]
-  others = len(protocol.epsilons) - 1
-  each = (others + 1) * (len(seeds) + rule.seeds * rule.finalists)
+  each = len(protocol.epsilons) * (len(seeds) + rule.seeds * rule.finalists)
   each += (len(rule.grid) - rule.finalists) * rule.screening
   own = [len(kind.own(kind.start(rule.grid[0]))) for kind in protocol.kinds]
   total = each * len(protocol.kinds) + sum(own) * rule.screening

@@ -124,7 +124,6 @@ def tune(
 
   run(kind.start(setting) for setting in rule.grid)
   run(kind.own(best_of(scores, kind.name)))
-  best_of(scores, kind.name)
   mean = {s: statistics.fmean(values) for s, values in scores.items()}
   ranked = sorted(mean, key=lambda s: mean[s])[: rule.finalists]
   finalists = [s for s in ranked if math.isfinite(mean[s])]
