@@ -29,6 +29,10 @@ _SEEDS = flags.DEFINE_integer(
   'seeds', None, "Seeds 0, 1, ...; 3, or the study's own.", lower_bound=1
 )
 _DATA_DIR = flags.DEFINE_string('data_dir', None, 'Where the task files are.')
+_DATASET = flags.DEFINE_string(
+  'dataset', None, 'A csv file, for entries that take any.'
+)
+_TARGET = flags.DEFINE_string('target', None, 'Its column to predict.')
 _MODEL = flags.DEFINE_string(
   'model', None, 'Directory of the model, for studies that ask for one.'
 )
@@ -51,6 +55,8 @@ def main(argv):
   request = common.Request(
     seeds=_SEEDS.value,
     data_dir=_DATA_DIR.value,
+    dataset=_DATASET.value,
+    target=_TARGET.value,
     model=_MODEL.value,
     jobs=_JOBS.value,
     runs=_RUNS.value,

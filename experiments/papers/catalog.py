@@ -1,12 +1,20 @@
 """All papers with their figures, by name."""
 
 from experiments.config import UsageError
-from experiments.papers import common, comparison, decomfl, fedkseed, ferret
+from experiments.papers import (
+  common,
+  comparison,
+  decomfl,
+  diff2,
+  fedkseed,
+  ferret,
+)
 
 PAPERS = {
   'ferret': ferret.ENTRIES,
   'fedkseed': fedkseed.ENTRIES,
   'decomfl': decomfl.ENTRIES,
+  'diff2': diff2.ENTRIES,
   'comparison': comparison.ENTRIES,
 }
 

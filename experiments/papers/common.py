@@ -30,6 +30,8 @@ class Request(NamedTuple):
   Attributes:
     seeds: 0, 1, ..., seeds - 1; None for the entry's own number.
     data_dir: where the files of the tasks are.
+    dataset: a csv file, for entries that take any.
+    target: its column to predict.
     model: directory of the model, for studies that ask for one.
     jobs: runs of a study at once.
     runs: directory of the runs of a study.
@@ -37,6 +39,8 @@ class Request(NamedTuple):
 
   seeds: int | None = None
   data_dir: str | None = None
+  dataset: str | None = None
+  target: str | None = None
   model: str | None = None
   jobs: int = 1
   runs: str = 'runs'
