@@ -78,6 +78,22 @@ def test_the_minimum_is_one(location):
     assert float(step({'x': near}, location.train)[0]) > location.floor
 
 
+def test_a_table_of_classes_has_cross_entropy():
+  rng = np.random.default_rng(0)
+  x, y = rng.normal(size=(30, 4)), rng.integers(0, 3, 30)
+  table = tables.Table(x, y, x[:5], y[:5], ('a', 'b', 'c'), {})
+  task = diff2_tasks.of_table('classes', table, num_clients=3)
+  params = jax.device_get(task.init(0))
+  first = params['hidden']
+  hidden = np.logaddexp(0, x @ first['kernel'] + first['bias'])
+  scores = hidden @ params['out']['kernel'] + params['out']['bias']
+  p = np.exp(scores) / np.exp(scores).sum(1, keepdims=True)
+  wanted = -np.log(p[np.arange(30), y]).mean()
+  found = float(task.loss_fn(params, task.train))
+  assert found == pytest.approx(wanted, rel=1e-5)
+  assert task.sizes == (10, 10, 10)
+
+
 def test_examples_are_dealt_once():
   examples = {'y': np.arange(23, dtype=np.float32)}
   clients, sizes = diff2_tasks.deal(examples, 4)

@@ -157,6 +157,12 @@ ENTRIES = {
       intervals=(5, 20),
     ),
   ),
+  'gas_sensor': _entry(
+    f'{_TABLE}: gas sensors, six classes',
+    _known,
+    'gas_sensor',
+    of_table(100, rates=(1.0, 0.5, 0.25), clips=(1.0, 3.0)),
+  ),
   'local_steps': _entry(
     f'{_TABLE}: the routine of local steps, California Housing, few rounds',
     _known,

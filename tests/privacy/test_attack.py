@@ -97,6 +97,7 @@ def test_directions_and_scalars_are_those_of_spsa(victim):
   assert np.all((ratio > level**-0.51) & (ratio < level**0.51))
 
 
+@pytest.mark.slow
 def test_coordinates_are_those_of_ferret(victim):
   one_bit = lambda root: ferret.ferret(
     loss_fn,
@@ -117,6 +118,7 @@ def test_coordinates_are_those_of_ferret(victim):
   np.testing.assert_allclose(predicted, exact['values'][:16], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_a_true_input_explains_every_message(pictures):
   victim = attack_victim.make(
     pictures.private[:2], pictures.private_labels[:2], 0
