@@ -222,7 +222,7 @@ def encode_by(
     factor: float32[], `code_factor` of levels and divisor.
     levels: see `encode`.
   """
-  x = jnp.asarray(units).astype(jnp.float32) * factor
+  x = jnp.asarray(units).astype(jnp.float32) * jnp.asarray(factor)
   return jnp.clip(grid.round_units(x, jnp.asarray(uniform)), -levels, levels)
 
 

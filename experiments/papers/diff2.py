@@ -38,8 +38,12 @@ def of_table(num_rounds: int, **changes: Any) -> Protocol:
     'clips': (1.0, 3.0, 10.0),
     'curvatures': (3.0, 10.0, 30.0),
     'intervals': (6, 20),
+    'first': (10.0, 20),  # C2 and T while rate and clip are chosen
   } | changes
-  first = Setting(0, 0.0, 0.0, clip_norm_diff=10.0, restart_interval=20)
+  curvature, interval = settings['first']
+  first = Setting(
+    0, 0.0, 0.0, clip_norm_diff=curvature, restart_interval=interval
+  )
   own = {
     'clip_norm_diff': settings['curvatures'],
     'restart_interval': settings['intervals'],
@@ -161,7 +165,14 @@ ENTRIES = {
     f'{_TABLE}: gas sensors, six classes',
     _known,
     'gas_sensor',
-    of_table(100, rates=(1.0, 0.5, 0.25), clips=(1.0, 3.0)),
+    of_table(  # few examples: larger C2 and T let the noise grow
+      100,
+      rates=(1.0, 0.5, 0.25),
+      clips=(1.0, 3.0),
+      curvatures=(1.0, 3.0),
+      intervals=(3, 6),
+      first=(3.0, 6),
+    ),
   ),
   'local_steps': _entry(
     f'{_TABLE}: the routine of local steps, California Housing, few rounds',
