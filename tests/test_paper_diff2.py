@@ -159,10 +159,11 @@ def test_plans_are_at_the_target(location):
 
 
 def test_divergence_is_rejected():
-  run = lambda *losses: {'loss': list(losses)}
+  run = lambda *losses: {'loss': list(losses), 'failed': False}
   assert tuning.score(run(2.0, 1.5)) == 1.5
   assert tuning.score(run(2.0, 0.1, 2.0)) == math.inf
   assert tuning.score(run(2.0, math.nan)) == math.inf
+  assert tuning.score(run(2.0, 1.5) | {'failed': True}) == math.inf
   assert tuning.score(run(2.0, -math.inf)) == math.inf
   slow, fast, wild = (Setting(9, lr, 1.0) for lr in (0.1, 1.0, 9.0))
   scores = {slow: [1.0, 1.2], fast: [0.1, math.inf], wild: [math.inf] * 2}

@@ -193,7 +193,10 @@ def _notes_of_local_steps(protocol: Protocol) -> list[str]:
 
 
 def draw(found: common.Result):
-  """Measures against rounds; lines are means, bands the range over seeds."""
+  """Measures against rounds; lines are means, bands the range over seeds.
+
+  Of runs that did not fail.
+  """
   entries = found['curves']
   names = _NAMES | {'loss': found['loss']}
   measures = [m for m in names if m in next(iter(entries.values()))['runs'][0]]
@@ -201,10 +204,11 @@ def draw(found: common.Result):
   colours = {name: f'C{i}' for i, name in enumerate(found['tuning'])}
   for axis, measure in zip(axes, measures, strict=True):
     for label, entry in entries.items():
-      rounds = min((run['round'] for run in entry['runs']), key=len)
-      columns = list(
-        zip(*(run[measure] for run in entry['runs']), strict=False)
-      )
+      ended = [run for run in entry['runs'] if not run['failed']]
+      if not ended:
+        continue
+      rounds = ended[0]['round']
+      columns = list(zip(*(run[measure] for run in ended), strict=True))
       mean = [statistics.fmean(c) for c in columns]
       style = '--' if entry['epsilon'] > 3 else '-'
       colour = colours[entry['method']]

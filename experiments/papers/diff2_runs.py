@@ -221,8 +221,9 @@ def one_run(
 
   Returns:
     Lists `round` and `MEASURES` at `num_points` rounds and the start, seconds
-    of CPU in all, and the state at the end. A run whose loss is not finite, or
-    above ten times that at the start, ends where that is seen.
+    of CPU in all, whether it failed, and the state at the end. A run fails, and
+    ends, where its loss is not finite or above ten times that at the start, or
+    its weights have left their range.
   """
   task, begin = programs.task, time.process_time()
   step = Round(programs, setting, epsilon)
@@ -233,6 +234,7 @@ def one_run(
   found: dict[str, Any] = {'round': [0]}
   start = programs.measure(state.params)
   found |= {name: [value] for name, value in start.items()}
+  failed = False
   for round in range(total):
     state = step.all(state, round, key)
     if round + 1 not in points:
@@ -241,6 +243,9 @@ def one_run(
     found['round'].append(round + 1)
     for name, value in now.items():
       found[name].append(value)
-    if step.method.check(state) or not now['loss'] < 10 * start['loss']:
+    failed = bool(step.method.check(state))
+    failed |= not now['loss'] < 10 * start['loss']
+    if failed:
       break
-  return found | {'seconds': time.process_time() - begin, 'state': state}
+  seconds = time.process_time() - begin
+  return found | {'seconds': seconds, 'failed': failed, 'state': state}

@@ -61,9 +61,10 @@ def diff2(name: str, first: Setting, **own: Sequence[float]) -> Kind:
 
 
 def score(run: Mapping[str, Any]) -> float:
-  """The loss at the end; infinite for a run that did not improve."""
+  """The loss at the end; infinite for a run that failed or did not improve."""
   end = run['loss'][-1]
-  return end if math.isfinite(end) and end < run['loss'][0] else math.inf
+  good = math.isfinite(end) and end < run['loss'][0] and not run['failed']
+  return end if good else math.inf
 
 
 class Rule(NamedTuple):
