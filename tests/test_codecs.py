@@ -204,6 +204,20 @@ def test_sign1(num_values):
   assert np.isnan(_decode(codec, rejected, num_values)).all()
 
 
+def test_linear16_codec():
+  codec = codecs.codec('linear16', 3.0)
+  step = codecs.round_significant(3.0 / 32767, 8)
+  values = np.array([0, 1.234, -1.234, 5, -5, step / 3, np.nan], np.float32)
+  code = np.asarray(codec.encode(jnp.asarray(values), KEY))
+  assert code.dtype == np.int16
+  wanted = [0, round(1.234 / step), -round(1.234 / step), 32767, -32767, 0]
+  np.testing.assert_array_equal(code[:-1], wanted)
+  found = np.asarray(codec.decode(jnp.asarray(code), 7))
+  # products of 15 and 8 bits: exact
+  np.testing.assert_array_equal(found[:-1], np.array(wanted) * step)
+  assert np.isnan(found[-1])
+
+
 def test_bfloat16_codec():
   codec = codecs.codec('bfloat16')
   # ties to even, 3.4e38 is beyond the largest bfloat16
@@ -253,7 +267,7 @@ def test_wrong_arguments_are_refused(name):
   with pytest.raises(ValueError, match='code must be'):
     codec.decode(np.zeros(9, codec.struct(1).dtype), 2)
   with pytest.raises(ValueError, match='code must be'):
-    codec.decode(np.zeros(codec.struct(4).shape, np.int16), 4)
+    codec.decode(np.zeros(codec.struct(4).shape, np.int32), 4)
 
 
 @pytest.mark.parametrize('name', codecs.CODECS[:4])
