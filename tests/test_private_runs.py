@@ -138,7 +138,13 @@ PRIVATE = {
 }
 
 
-@pytest.mark.parametrize('name', OTHERS)
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == 'fedkseed'))
+    for name in OTHERS
+  ],
+)
 def test_other_mechanisms_run_and_replay(npz, tmp_path, name):
   """From the log alone, whose scale is public."""
   settings = (PRIVATE if name != 'local steps' else {}) | OTHERS[name]
