@@ -5,9 +5,9 @@
 
 A client computes a message of one batch: a gradient, coordinates, a sketch,
 scalars, private ones. An attacker who knows all that is shared, the weights and
-the labels looks for inputs that would have made the same message (`inversion`).
-Prints how far they are from the truth, and writes
-`experiments/results/attack.json` and `.png` (`attack_mnist` with MNIST).
+the labels looks for inputs that would have made the same message. Prints how
+far they are from the truth, and writes `experiments/results/attack.json` and
+`.png` (`attack_mnist` with MNIST).
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags, logging
 from rich.console import Console
 
-from experiments import attack_report, attack_table
+from experiments.attacks import report, table
 from experiments.config import UsageError, types_of
 from experiments.papers import common
 
@@ -27,7 +27,7 @@ _FLAGS = {
   field.name: _DEFINE[types_of(field)[0]](
     field.name, field.default, field.metadata['help']
   )
-  for field in dataclasses.fields(attack_table.Settings)
+  for field in dataclasses.fields(table.Settings)
 }
 _OUT = flags.DEFINE_string('out', 'experiments/results', 'Where results go.')
 
@@ -37,17 +37,17 @@ def main(argv):
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   settings: dict[str, Any] = {k: flag.value for k, flag in _FLAGS.items()}
   try:
-    found = attack_table.make(attack_table.Settings(**settings))
+    found = table.make(table.Settings(**settings))
   except (ImportError, OSError, UsageError, ValueError) as error:
     sys.exit(f'error: {error}')
-  entry = common.Entry('', lambda request: found, attack_report.draw)
+  entry = common.Entry('', lambda request: found, report.draw)
   name = 'attack_mnist' if found['pictures'] == 'mnist' else 'attack'
   stem = pathlib.Path(_OUT.value) / name
   common.write(found, entry, stem)
   console = Console()
   if not console.is_terminal:
     console = Console(width=120)
-  console.print(attack_report.table(found))
+  console.print(report.table(found))
   print(f'{stem}.json and .png written after {found["seconds"]:.0f} s')
 
 

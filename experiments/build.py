@@ -197,11 +197,17 @@ def _dp_sketch(
       'local_steps': config.local_steps or 1,
       'batch_size': config.batch_size,
     }
-  elif config.server_lr is not None or config.local_steps is not None:
-    raise ValueError(
-      'server_lr and local_steps are for privacy_unit client; a record has'
-      ' learning_rate alone'
-    )
+  else:
+    for name in (
+      'server_lr',
+      'local_steps',
+      'client_optimizer',
+      'weight_decay',
+    ):
+      if getattr(config, name) != getattr(Config, name):
+        raise ValueError(
+          f'{name} is for privacy_unit client; a record has learning_rate alone'
+        )
   return dp_sketch.dp_sketch(
     loss_fn,
     keys.root(config.seed),

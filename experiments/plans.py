@@ -72,8 +72,9 @@ def diff2(config: Config, num_examples: NumExamples = None) -> plan.Plan:
   }
   local_steps = config.local_steps or 1
   if local_steps == 1:
-    if config.sampling_rate is not None:
-      raise ValueError('sampling_rate is of local steps: set local_steps, too')
+    for name in ('sampling_rate', 'local_share'):
+      if getattr(config, name) != getattr(Config, name):
+        raise ValueError(f'{name} is of local steps: set local_steps, too')
     return calibration.diff2(*goal, num_rounds=config.num_rounds, **shared)
   if config.sampling_rate is None:
     raise ValueError('local_steps need sampling_rate, of their samples')

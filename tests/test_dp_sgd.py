@@ -12,30 +12,11 @@ from jaxfl import calibration, events, keys, noise, poisson
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
 from jaxfl.methods import dp_sgd
-from jaxfl.runtime import simulate
+from tests import private_problem as problem
 
 SIZES = (30, 24, 27)
 RATE = 0.3
 PLAN = plan_lib.SampledPlan(12, RATE, 0.7)
-ENTROPY = bytes(range(32))
-
-
-def loss_fn(params, batch):
-  return jnp.mean((batch['x'] @ params['w'] - batch['y']) ** 2)
-
-
-def params():
-  return {'w': np.zeros(4, np.float32)}
-
-
-def data():
-  rng = np.random.default_rng(0)
-  clients = []
-  for n in SIZES:
-    x = rng.normal(size=(30, 4)).astype(np.float32)
-    weight = (np.arange(30) < n).astype(np.float32)
-    clients.append({'x': x, 'y': x.sum(1) / 2, 'example_weight': weight})
-  return clients
 
 
 def build(**changes):
@@ -43,38 +24,23 @@ def build(**changes):
     'plan': PLAN, 'learning_rate': 0.2, 'clip_norm': 0.8,
     'num_examples': SIZES, 'microbatch_size': 8, 'research_float_noise': True,
   } | changes  # fmt: skip
-  return dp_sgd.dp_sgd(loss_fn, **given)
-
-
-def run(method, num_rounds=12):
-  clients, key = data(), noise.NoiseKey(ENTROPY, run='test')
-  return list(
-    simulate.simulate(
-      method,
-      method.init(params()),
-      lambda round, client: method.prepare(
-        params(), clients[client], round, client, key
-      ),
-      simulate.Population(num_clients=3),
-      num_rounds=num_rounds,
-      block_size=2,
-      noise=key,
-    )
-  )
+  return dp_sgd.dp_sgd(problem.loss_fn, **given)
 
 
 def test_is_the_algorithm():
-  key = noise.NoiseKey(ENTROPY, run='test')
-  x = np.zeros(4)
-  for r, done in enumerate(run(build())):
-    total = np.zeros(4)
-    for id, (client, n) in enumerate(zip(data(), SIZES, strict=True)):
+  key = problem.key()
+  x = np.zeros(problem.DIM)
+  for r, done in enumerate(problem.run(build(), SIZES, num_rounds=12)):
+    total = np.zeros(problem.DIM)
+    for id, (client, n) in enumerate(
+      zip(problem.data(SIZES), SIZES, strict=True)
+    ):
       chosen = key.bernoulli((1, n), RATE, round=r, name=f'sample of {id}')[0]
       f, y = client['x'][:n][chosen], client['y'][:n][chosen]
       g = 2 * (f @ x - y)[:, None] * f
       norms = np.linalg.norm(g, axis=1, keepdims=True)
       total += (g * np.minimum(1, 0.8 / norms)).sum(0)
-    zeros = {'w': np.zeros(4)}
+    zeros = {'w': np.zeros(problem.DIM)}
     std = 0.7 * 0.8 / (RATE * sum(SIZES))
     drawn = noise.add_gaussian(key, zeros, std, round=r, name='release')['w']
     wanted = x - 0.2 * (total / (RATE * sum(SIZES)) + drawn)
@@ -88,8 +54,10 @@ def test_a_record_that_is_dropped_moves_a_sum_by_the_clip():
   """Whatever the sample; nothing is divided by how many were drawn."""
   method = build()
   program = jax.jit(method.client)
-  state = method.init(params())
-  given = {k: x[:1] for k, x in data()[0].items() if k != 'example_weight'}
+  state = method.init(problem.params())
+  given = {
+    k: x[:1] for k, x in problem.data(SIZES)[0].items() if k != 'example_weight'
+  }
   party = method_lib.Party(jnp.int32(0), jnp.int32(0), jnp.float32(1))
   rows = {k: np.repeat(x, 5, axis=0)[None] for k, x in given.items()}
   rows['y'] = np.full((1, 5), 100, np.float32)
@@ -107,11 +75,11 @@ def test_a_record_that_is_dropped_moves_a_sum_by_the_clip():
 
 
 def test_samples_fill_arrays_of_one_size():
-  key = noise.NoiseKey(ENTROPY, run='test')
-  rows = data()[1]
+  key = problem.key()
+  rows = problem.data(SIZES)[1]
   drawn, mask = poisson.draw(rows, 3000, 0.2, key, round=0, name='a')
   size = mask.shape[1]
-  assert drawn['x'].shape == (3000, size, 4)
+  assert drawn['x'].shape == (3000, size, problem.DIM)
   assert abs(mask.sum() / (3000 * 24) - 0.2) < 4 * 0.4 / math.sqrt(72000)
   assert not set(drawn['y'][mask]) - set(rows['y'][:24])
   # as binomial as can be: the spread of the sizes
@@ -150,4 +118,4 @@ def test_refuses(changes, message):
 
 def test_refuses_more_than_the_budget():
   with pytest.raises(ValueError, match='the budget is spent'):
-    run(build(plan=PLAN._replace(num_rounds=2)), num_rounds=3)
+    problem.run(build(plan=PLAN._replace(num_rounds=2)), SIZES, num_rounds=3)

@@ -8,34 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from jaxfl import calibration, events, keys, noise, perturb
+from jaxfl import calibration, events, keys, perturb
 from jaxfl import method as method_lib
 from jaxfl import plan as plan_lib
 from jaxfl.methods import dp_sketch
-from jaxfl.runtime import simulate
+from tests import private_problem as problem
 
 SIZES = (20, 15, 17)
 ROOT = keys.root(11)
-ENTROPY = bytes(range(32))
 PLAN = plan_lib.SketchPlan(40, 6, 10.0)
-
-
-def loss_fn(params, batch):
-  return jnp.mean((batch['x'] @ params['w'] - batch['y']) ** 2)
-
-
-def params():
-  return {'w': np.zeros(5, np.float32)}
-
-
-def data(seed=0):
-  rng = np.random.default_rng(seed)
-  clients = []
-  for n in SIZES:
-    x = rng.normal(size=(20, 5)).astype(np.float32)
-    weight = (np.arange(20) < n).astype(np.float32)
-    clients.append({'x': x, 'y': x.sum(1) / 2, 'example_weight': weight})
-  return clients
 
 
 def build(**changes):
@@ -43,7 +24,7 @@ def build(**changes):
     'plan': PLAN, 'learning_rate': 0.1, 'clip_norm': 2.0,
     'num_examples': SIZES, 'microbatch_size': 8,
   } | changes  # fmt: skip
-  return dp_sketch.dp_sketch(loss_fn, ROOT, **given)
+  return dp_sketch.dp_sketch(problem.loss_fn, ROOT, **given)
 
 
 def by_client(**changes):
@@ -54,40 +35,17 @@ def by_client(**changes):
   return build(**(given | changes))
 
 
-def run(method, *, num_rounds, clients=None, block_size=2):
-  clients = clients or data()
-  return list(
-    simulate.simulate(
-      method,
-      method.init(params()),
-      lambda round, client: method.prepare(
-        params(), clients[client], round, client, None
-      ),
-      simulate.Population(num_clients=3),
-      num_rounds=num_rounds,
-      block_size=block_size,
-      noise=noise.NoiseKey(ENTROPY, run='test'),
-    )
-  )
-
-
-def party(round=0):
-  return method_lib.Party(
-    np.arange(3, dtype=np.int32),
-    np.full(3, round, np.int32),
-    np.ones(3, np.float32),
-  )
-
-
 def sender(method):
   """Clients -> the messages of round 0."""
   program = jax.jit(jax.vmap(method.client, (None, 0, 0, 0)))
-  state = method.init(params())
+  state = method.init(problem.params())
 
   def send(clients):
-    given = [method.prepare(params(), clients[i], 0, i, None) for i in range(3)]
+    given = [
+      method.prepare(problem.params(), clients[i], 0, i, None) for i in range(3)
+    ]
     stacked = jax.tree.map(lambda *x: np.stack(x), *given)
-    return np.asarray(program(state, (), stacked, party())[0])
+    return np.asarray(program(state, (), stacked, problem.party(3))[0])
 
   return send
 
@@ -106,9 +64,9 @@ def directions():
 
 def test_messages_are_sums_of_clipped_sketches():
   levels = dp_sketch.levels_of(PLAN)
-  sent = sender(build())(data())
+  sent = sender(build())(problem.data(SIZES))
   z = directions() / math.sqrt(6)
-  for message, client, n in zip(sent, data(), SIZES, strict=True):
+  for message, client, n in zip(sent, problem.data(SIZES), SIZES, strict=True):
     g = -2 * client['y'][:n, None] * client['x'][:n]
     y = g @ z.T
     norms = np.linalg.norm(y, axis=1, keepdims=True)
@@ -119,9 +77,11 @@ def test_messages_are_sums_of_clipped_sketches():
 
 def test_message_of_a_client_is_the_sketch_of_its_update():
   levels = dp_sketch.levels_of(PLAN)
-  sent = sender(by_client(clip_norm=0.3))(data())
+  sent = sender(by_client(clip_norm=0.3))(problem.data(SIZES))
   z = directions() / math.sqrt(6)
-  given = by_client().prepare(params(), data()[1], 0, 1, None)
+  given = by_client().prepare(
+    problem.params(), problem.data(SIZES)[1], 0, 1, None
+  )
   w = np.zeros(5)
   for x, y in zip(given['x'][0], given['y'][0], strict=True):
     w = w - 0.05 * 2 * ((x @ w - y)[:, None] * x).mean(0)
@@ -135,11 +95,11 @@ def test_neighbours_are_within_the_bound(unit):
   """One unit replaced by another moves the sum by 2 B at most."""
   send = sender(build() if unit == 'record' else by_client())
   bound = 2 * dp_sketch.bound_of(dp_sketch.levels_of(PLAN), 6)
-  here = send(data())
+  here = send(problem.data(SIZES))
   worst = 0.0
   for trial in range(12):
     rng = np.random.default_rng(trial)
-    other, client = data(), trial % 3
+    other, client = problem.data(SIZES), trial % 3
     rows = rng.integers(SIZES[client]) if unit == 'record' else slice(None)
     shape = other[client]['x'][rows].shape
     scale = 10.0 ** rng.integers(0, 4)
@@ -172,13 +132,13 @@ def test_rounding_keeps_the_norm_and_has_no_bias():
 
 def test_release_has_the_noise_of_the_plan():
   method = build(plan=PLAN._replace(num_rounds=300, coordinates=20))
-  state = method.init(params())
-  key = noise.NoiseKey(ENTROPY, run='test')
+  state = method.init(problem.params())
+  key = problem.key()
   zeros = np.zeros((3, 20), np.int32)
   found = np.stack(
     [
       method.release.make(
-        state._replace(round=jnp.int32(r)), zeros, party(r), key
+        state._replace(round=jnp.int32(r)), zeros, problem.party(3, r), key
       )
       for r in range(100)
     ]
@@ -191,14 +151,12 @@ def test_release_has_the_noise_of_the_plan():
 
 def test_faulty_clients_are_left_out():
   method = build()
-  state = method.init(params())
+  state = method.init(problem.params())
   clean, faulty = np.zeros((2, 3, 6), np.int32)
   clean[0] = faulty[0] = 7
   faulty[1] = 2**30
   made = [
-    method.release.make(
-      state, messages, party(), noise.NoiseKey(ENTROPY, run='test')
-    )
+    method.release.make(state, messages, problem.party(3), problem.key())
     for messages in (clean, faulty)
   ]
   np.testing.assert_array_equal(*made)
@@ -206,7 +164,7 @@ def test_faulty_clients_are_left_out():
 
 def test_step_is_the_reconstruction_of_the_mean():
   method = build()
-  state = method.init(params())
+  state = method.init(problem.params())
   release = np.array([5, -3, 0, 2, 1, -1], np.int32)
   after = method.server(state, release[None], None)
   scale = 2.0 / (dp_sketch.levels_of(PLAN) * sum(SIZES) * math.sqrt(6))
@@ -220,17 +178,15 @@ def test_step_is_the_reconstruction_of_the_mean():
 
 def test_learns():
   plan = plan_lib.SketchPlan(60, 6, 0.05)
-  whole = {
-    k: np.concatenate([c[k][:n] for c, n in zip(data(), SIZES, strict=True)])
-    for k in ('x', 'y')
-  }
-  start = float(loss_fn(params(), whole))
+  whole = problem.whole(SIZES)
+  start = float(problem.loss_fn(problem.params(), whole))
   for method in (
     build(plan=plan, clip_norm=10.0),
     by_client(plan=plan, clip_norm=1.0, learning_rate=0.3),
   ):
-    rounds = run(method, num_rounds=60)
-    assert float(loss_fn(rounds[-1].state.params, whole)) < 0.2 * start
+    rounds = problem.run(method, SIZES, num_rounds=60)
+    end = float(problem.loss_fn(rounds[-1].state.params, whole))
+    assert end < 0.2 * start
     assert all(done.loss is None for done in rounds)
     # frames have 12 bytes of their own
     assert rounds[0].bytes_up == 3 * (6 * 4 + 12)
@@ -270,15 +226,15 @@ def test_refuses(changes, message):
 
 def test_refuses_absent_clients_spent_budgets_and_shared_keys():
   method = build()
-  state = method.init(params())
-  key = noise.NoiseKey(ENTROPY, run='test')
+  state = method.init(problem.params())
+  key = problem.key()
   zeros = np.zeros((3, 6), np.int32)
-  two = method_lib.Party(*(x[:2] for x in party()))
+  two = method_lib.Party(*(x[:2] for x in problem.party(3)))
   with pytest.raises(ValueError, match='2 of 3 clients take part'):
     method.release.make(state, zeros[:2], two, key)
   with pytest.raises(TypeError, match='NoiseKey'):
-    method.release.make(state, zeros, party(), keys.root(0))
+    method.release.make(state, zeros, problem.party(3), keys.root(0))
   with pytest.raises(ValueError, match='the budget is spent'):
     method.release.make(
-      state._replace(round=jnp.int32(40)), zeros, party(), key
+      state._replace(round=jnp.int32(40)), zeros, problem.party(3), key
     )

@@ -176,7 +176,13 @@ def test_other_mechanisms_run_and_replay(npz, tmp_path, name):
     ('dp_sketch', {'local_steps': 2}, 'for privacy_unit client'),
     ('dp_sketch', {'delta_dp': 0.01}, 'one over 200 examples or more'),
     ('local steps', {'sampling_rate': None}, 'local_steps need sampling_rate'),
+    ('dp_sketch', {'client_optimizer': 'adamw'}, 'client_optimizer is for'),
     ('local steps', {'local_steps': 1}, 'sampling_rate is of local steps'),
+    (
+      'local steps',
+      {'local_steps': 1, 'sampling_rate': None, 'local_share': 0.4},
+      'local_share is of local steps',
+    ),
     ('local steps', {'sampling_rate': 1.5}, 'sampling_rate must be in'),
   ],
 )

@@ -5,34 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl import calibration, codecs, events, keys, noise, private_scalars
-from jaxfl import method as method_lib
+from jaxfl import calibration, codecs, events, keys, private_scalars
 from jaxfl import plan as plan_lib
 from jaxfl.methods import fedkseed, spsa
-from jaxfl.runtime import simulate
+from tests import private_problem as problem
 
 SIZES = (40, 30, 36)
 ROOT = keys.root(7)
-ENTROPY = bytes(range(32))
 QUIET = plan_lib.ScalarPlan(60, 4, 1e-3)
-
-
-def loss_fn(params, batch):
-  return jnp.mean((batch['x'] @ params['w'] - batch['y']) ** 2)
-
-
-def params():
-  return {'w': np.zeros(5, np.float32)}
-
-
-def data(seed=0):
-  rng = np.random.default_rng(seed)
-  clients = []
-  for n in SIZES:
-    x = rng.normal(size=(40, 5)).astype(np.float32)
-    weight = (np.arange(40) < n).astype(np.float32)
-    clients.append({'x': x, 'y': x.sum(1) / 2, 'example_weight': weight})
-  return clients
 
 
 def settings(plan=QUIET, **changes):
@@ -48,35 +28,18 @@ def build(name='spsa', codec='linear8', privacy=None, **changes):
     factory = fedkseed.fedkseed
     given |= {'num_seeds': 64, 'local_steps': 4, 'learning_rate': 0.02}
   privacy = privacy or settings()
-  return factory(loss_fn, ROOT, privacy=privacy, **(given | changes))
-
-
-def run(method, *, num_rounds, clients=None, block_size=2):
-  clients = clients or data()
-  key = noise.NoiseKey(ENTROPY, run='test')
-  return list(
-    simulate.simulate(
-      method,
-      method.init(params()),
-      lambda round, client: method.prepare(
-        params(), clients[client], round, client, key
-      ),
-      simulate.Population(num_clients=3),
-      num_rounds=num_rounds,
-      block_size=block_size,
-    )
-  )
+  return factory(problem.loss_fn, ROOT, privacy=privacy, **(given | changes))
 
 
 def sender(method):
   """clients, round, hidden -> what they send, without noise if not hidden."""
   program = jax.jit(jax.vmap(method.client, (None, 0, 0, 0)))
-  key = noise.NoiseKey(ENTROPY, run='test')
-  state = method.init(params())
+  key = problem.key()
+  state = method.init(problem.params())
 
   def send(clients, round=0, hidden=False):
     given = [
-      method.prepare(params(), clients[i], round, i, key)
+      method.prepare(problem.params(), clients[i], round, i, key)
       if hidden
       else {
         'examples': {k: x[None] for k, x in clients[i].items()},
@@ -84,11 +47,7 @@ def sender(method):
       }
       for i in range(3)
     ]
-    party = method_lib.Party(
-      np.arange(3, dtype=np.int32),
-      np.full(3, round, np.int32),
-      np.ones(3, np.float32),
-    )
+    party = problem.party(3, round)
     stacked = jax.tree.map(lambda *x: np.stack(x), *given)
     return np.asarray(program(state, (), stacked, party)[0]).astype(int)
 
@@ -99,15 +58,15 @@ def sender(method):
 def test_first_message_is_the_clipped_mean(name):
   """Codes decode to the mean of clipped projected gradients."""
   method = build(name, codec='linear16', privacy=settings(clip_norm=0.5))
-  sent = sender(method)(data()).astype(np.int16)
+  sent = sender(method)(problem.data(SIZES)).astype(np.int16)
   code = codecs.codec('linear16', 0.5 / 15 * 32767)
   g = np.asarray(code.decode(jnp.asarray(sent[0]), 4))
-  clients = data()
+  clients = problem.data(SIZES)
   base = keys.fold(ROOT, 0, 0)
   if name == 'spsa':
     direction = keys.fold(base, 0)
   else:  # of the first step, whose weights are the start
-    state = method.init(params())
+    state = method.init(problem.params())
     u = keys.uniform(keys.fold(keys.stream(base, 'seeds'), jnp.arange(4)))
     assert int(state.round) == 0
     direction = fedkseed.pool.directions(ROOT, jnp.floor(u * 64).astype(int))[0]
@@ -125,11 +84,11 @@ def test_first_message_is_the_clipped_mean(name):
 
 def test_one_example_moves_a_code_by_one():
   send = sender(build(privacy=settings(clip_norm=0.2)))
-  here = send(data())
+  here = send(problem.data(SIZES))
   worst = 0
   for trial in range(20):
     rng = np.random.default_rng(trial)
-    other, client = data(), trial % 3
+    other, client = problem.data(SIZES), trial % 3
     i = rng.integers(SIZES[client])
     other[client]['x'][i] = rng.normal(size=5) * 10.0 ** rng.integers(0, 4)
     other[client]['y'][i] = rng.normal() * 100
@@ -141,8 +100,8 @@ def test_one_example_moves_a_code_by_one():
 
 def test_padding_and_infinite_examples_add_nothing():
   send = sender(build())
-  clean = send(data())
-  dirty = data()
+  clean = send(problem.data(SIZES))
+  dirty = problem.data(SIZES)
   for client, n in zip(dirty, SIZES, strict=True):
     client['x'][n:] = 1e30
   np.testing.assert_array_equal(send(dirty), clean)
@@ -157,7 +116,10 @@ def test_noise_has_its_law():
   plan = plan_lib.ScalarPlan(50, 4, 9.0)
   send = sender(build(privacy=settings(plan)))
   found = np.stack(
-    [send(data(), r, hidden=True) - send(data(), r) for r in range(50)]
+    [
+      send(problem.data(SIZES), r, hidden=True) - send(problem.data(SIZES), r)
+      for r in range(50)
+    ]
   )
   assert abs(found.std() / 9.0 - 1) < 4 / np.sqrt(2 * found.size)
   assert abs(found.mean()) < 4 * 9.0 / np.sqrt(found.size)
@@ -165,7 +127,7 @@ def test_noise_has_its_law():
 
 def test_a_loud_code_is_cut_to_its_byte():
   loud = settings(plan_lib.ScalarPlan(4, 4, 400.0))
-  sent = sender(build(privacy=loud))(data(), hidden=True)
+  sent = sender(build(privacy=loud))(problem.data(SIZES), hidden=True)
   assert sent.min() == -127
   assert sent.max() == 127
 
@@ -176,13 +138,11 @@ def test_learns_and_counts(name, codec):
   law = 'gaussian' if codec == 'float32' else 'discrete_gaussian'
   plan = plan_lib.ScalarPlan(60, 4, 0.7, law)
   privacy = settings(plan, research_float_noise=True)
-  rounds = run(build(name, codec, privacy), num_rounds=60)
-  whole = {
-    k: np.concatenate([c[k][:n] for c, n in zip(data(), SIZES, strict=True)])
-    for k in ('x', 'y')
-  }
-  start = float(loss_fn(params(), whole))
-  assert float(loss_fn(rounds[-1].state.params, whole)) < 0.3 * start
+  rounds = problem.run(build(name, codec, privacy), SIZES, num_rounds=60)
+  whole = problem.whole(SIZES)
+  start = float(problem.loss_fn(problem.params(), whole))
+  end = float(problem.loss_fn(rounds[-1].state.params, whole))
+  assert end < 0.3 * start
   width = {'linear8': 1, 'float32': 4}[codec]
   # frames have a header and a checksum of 12 bytes in all
   assert rounds[0].bytes_up == 3 * (4 * width + 12)
@@ -192,8 +152,8 @@ def test_learns_and_counts(name, codec):
 
 def test_clients_of_a_block_have_noise_of_their_own():
   """A block that is filled up with copies draws nothing twice."""
-  one = run(build(), num_rounds=3, block_size=2)
-  other = run(build(), num_rounds=3, block_size=3)
+  one = problem.run(build(), SIZES, num_rounds=3, block_size=2)
+  other = problem.run(build(), SIZES, num_rounds=3, block_size=3)
   for a, b in zip(one, other, strict=True):
     np.testing.assert_array_equal(a.state.params['w'], b.state.params['w'])
 
@@ -211,7 +171,7 @@ def test_plan_is_what_is_accounted_for():
 def test_more_rounds_than_planned_are_refused():
   plan = plan_lib.ScalarPlan(2, 4, 1.0)
   with pytest.raises(ValueError, match='the budget is spent'):
-    run(build(privacy=settings(plan)), num_rounds=3)
+    problem.run(build(privacy=settings(plan)), SIZES, num_rounds=3)
 
 
 @pytest.mark.parametrize(
@@ -241,4 +201,6 @@ def test_refuses(changes, message):
 
 def test_shared_keys_are_refused():
   with pytest.raises(TypeError, match='NoiseKey'):
-    build().prepare(params(), data()[0], 0, 0, keys.root(0))
+    build().prepare(
+      problem.params(), problem.data(SIZES)[0], 0, 0, keys.root(0)
+    )

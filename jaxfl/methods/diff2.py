@@ -96,7 +96,9 @@ def diff2(
     loss_fn: params, batch -> float[], differentiable; a mean over examples.
     plan: of the run, from `calibration.diff2` or `calibration.diff2_local`.
     learning_rate: a number or a function of the exchange.
-    clip_norm: C1, of the gradient of an example.
+    clip_norm: C1, of the gradient of an example. If a restart clips much, the
+      differences that follow are taken from too small a v: the run may stand
+      still, or go back, until the next restart.
     clip_norm_diff: C2, of a difference, over the length of the step.
     num_examples: of every client, which is public; None for a replica that
       has none of them and follows releases.

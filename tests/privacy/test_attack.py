@@ -8,15 +8,9 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import (
-  attack_images,
-  attack_report,
-  attack_table,
-  attack_victim,
-  inversion,
-)
-from experiments import attack_wires as wires
-from experiments.attack_victim import DIRECTIONS, loss_fn
+from experiments.attacks import images, inversion, report, table, wires
+from experiments.attacks import victim as victim_lib
+from experiments.attacks.victim import DIRECTIONS, loss_fn
 from experiments.config import UsageError
 from jaxfl import perturb, wire
 from jaxfl.methods import ferret, spsa
@@ -26,7 +20,7 @@ EFFORT = inversion.Effort(restarts=2, steps=300)
 
 @pytest.fixture(scope='module')
 def pictures():
-  return attack_images.strokes()
+  return images.strokes()
 
 
 @pytest.fixture(scope='module')
@@ -36,9 +30,7 @@ def prior(pictures):
 
 @pytest.fixture(scope='module')
 def victim(pictures):
-  return attack_victim.make(
-    pictures.private[:1], pictures.private_labels[:1], 3
-  )
+  return victim_lib.make(pictures.private[:1], pictures.private_labels[:1], 3)
 
 
 def attack(form, victim, prior):
@@ -73,7 +65,7 @@ def test_more_scalars_give_more_away_and_noise_hides_them(victim, prior):
 
 
 def test_directions_and_scalars_are_those_of_spsa(victim):
-  g = attack_victim.gradient(victim.params, victim.x, victim.labels)
+  g = victim_lib.gradient(victim.params, victim.x, victim.labels)
   tree = jax.grad(loss_fn)(
     victim.params, {'features': victim.x, 'label': victim.labels}
   )
@@ -85,11 +77,11 @@ def test_directions_and_scalars_are_those_of_spsa(victim):
     loss_fn,
     root,
     learning_rate=1.0,
-    mu=attack_victim.MU,
+    mu=victim_lib.MU,
     num_perturbations=16,
     weights='float32',
   )
-  frame = wire.to_bytes(attack_victim.message(one_byte, victim))
+  frame = wire.to_bytes(victim_lib.message(one_byte, victim))
   sent = wires.scalars(16, 'log8').send(victim)
   assert sent.num_bytes == len(frame)
   level = 2.0**0.2
@@ -106,13 +98,13 @@ def test_coordinates_are_those_of_ferret(victim):
     coordinates=16,
     max_block_size=1 << 14,
   )
-  message = attack_victim.message(one_bit, victim)
+  message = victim_lib.message(one_bit, victim)
   sent = wires.coordinates(16, 'sign1').send(victim)
   assert sent.num_bytes == len(wire.to_bytes(message))
   bits = np.unpackbits(np.asarray(message['coordinates']), bitorder='little')
   values = np.asarray(sent.evidence['values'])[:16]
   np.testing.assert_array_equal(values < 0, bits[1:17])
-  g = attack_victim.gradient(victim.params, victim.x, victim.labels)
+  g = victim_lib.gradient(victim.params, victim.x, victim.labels)
   exact = wires.coordinates(16, 'float32').send(victim).evidence
   predicted = exact['rows'][:16] @ g
   np.testing.assert_allclose(predicted, exact['values'][:16], atol=1e-3)
@@ -120,9 +112,7 @@ def test_coordinates_are_those_of_ferret(victim):
 
 @pytest.mark.slow
 def test_a_true_input_explains_every_message(pictures):
-  victim = attack_victim.make(
-    pictures.private[:2], pictures.private_labels[:2], 0
-  )
+  victim = victim_lib.make(pictures.private[:2], pictures.private_labels[:2], 0)
   for form in (wires.dense(), wires.local_steps(), wires.dp_gd(8.0),
                wires.sketch(64), wires.private_scalars(64, 8.0)):  # fmt: skip
     evidence = form.send(victim).evidence
@@ -161,26 +151,26 @@ def test_victims_are_no_public_pictures(pictures):
 
 
 def test_a_table_of_two_rows():
-  settings = attack_table.Settings(seeds=2, large_batch=2, restarts=1, steps=8)
+  settings = table.Settings(seeds=2, large_batch=2, restarts=1, steps=8)
   chosen = [wires.dense(), wires.dp_gd(3.0)]
-  found = json.loads(json.dumps(attack_table.make(settings, chosen)))
+  found = json.loads(json.dumps(table.make(settings, chosen)))
   assert found['parameters'] < DIRECTIONS
   labels = [row['label'] for row in found['rows'] if row['batch'] == 2]
   assert labels == [
-    attack_table.NOTHING,
-    attack_table.LABELS,
+    table.NOTHING,
+    table.LABELS,
     'dense gradient',
     'dense gradient, epsilon 3',
   ]
   for row in found['rows']:
     assert len(row['errors']) == 2
-    if row['label'] == attack_table.NOTHING:
+    if row['label'] == table.NOTHING:
       assert row['errors'] == [1.0, 1.0]
       assert row['bytes'] == 0
     elif row['family'] != 'no message':
       assert row['bytes'] > 4 * found['parameters']
-  assert attack_report.table(found).row_count == 4
-  attack_report.draw(found)
+  assert report.table(found).row_count == 4
+  report.draw(found)
 
 
 @pytest.mark.parametrize(
@@ -194,10 +184,10 @@ def test_a_table_of_two_rows():
 )
 def test_mistakes(change, message):
   with pytest.raises(UsageError, match=message):
-    attack_table.make(attack_table.Settings(**change), [])
+    table.make(table.Settings(**change), [])
 
 
 def test_missing_images_are_named(tmp_path):
-  settings = attack_table.Settings(data_dir=str(tmp_path))
+  settings = table.Settings(data_dir=str(tmp_path))
   with pytest.raises(FileNotFoundError, match='no images of mnist'):
-    attack_table.make(settings, [])
+    table.make(settings, [])

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.attack_images import NUM_LABELS
+from experiments.attacks.images import NUM_LABELS
 from jaxfl import keys, method, objectives, perturb
 from jaxfl import typing as jt
 from jaxfl.methods import spsa

@@ -26,8 +26,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import inversion
-from experiments.attack_victim import (
+from experiments.attacks import inversion
+from experiments.attacks.victim import (
   DIRECTIONS,
   Victim,
   flat,

@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from experiments import attack_images, attack_victim, inversion, progress
-from experiments import attack_wires as wires
+from experiments import progress
+from experiments.attacks import images, inversion, wires
+from experiments.attacks import victim as victim_lib
 from experiments.config import UsageError
 from experiments.papers import common
 
@@ -47,7 +48,7 @@ class Baseline(NamedTuple):
   """A row without a message."""
 
   label: str
-  guess: Callable[[attack_images.Pictures, np.ndarray], np.ndarray]
+  guess: Callable[[images.Pictures, np.ndarray], np.ndarray]
   family: str = 'no message'
   epsilon: None = None
 
@@ -67,7 +68,7 @@ BASELINES = (Baseline(NOTHING, _mean), Baseline(LABELS, _class_mean))
 
 def all_wires() -> list[wires.Wire]:
   """The rows of the table, private ones last."""
-  most = attack_victim.DIRECTIONS
+  most = victim_lib.DIRECTIONS
   some = (16, 256, most)
   return [
     wires.dense(),
@@ -82,7 +83,7 @@ def all_wires() -> list[wires.Wire]:
   ]
 
 
-def _check(settings: Settings, pictures: attack_images.Pictures) -> None:
+def _check(settings: Settings, pictures: images.Pictures) -> None:
   least = {'small_batch': 1, 'large_batch': 2, 'restarts': 1, 'steps': 8}
   for name, low in {'seeds': 1, **least}.items():
     if (value := getattr(settings, name)) < low:
@@ -118,9 +119,9 @@ def make(
     ImportError: without dp-accounting, which private rows need.
   """
   if settings.data_dir is None:
-    pictures = attack_images.strokes()
+    pictures = images.strokes()
   else:
-    pictures = attack_images.mnist(settings.data_dir)
+    pictures = images.mnist(settings.data_dir)
   _check(settings, pictures)
   chosen = all_wires() if chosen is None else chosen
   started = time.perf_counter()
@@ -140,7 +141,7 @@ def make(
     'settings': dataclasses.asdict(settings),
     'pictures': pictures.name,
     'pixels': pictures.side**2,
-    'parameters': len(attack_victim.flat(victim.params)),
+    'parameters': len(victim_lib.flat(victim.params)),
     'delta_dp': wires.DELTA,
     'clip_norm': {'gradient': wires.CLIP, 'scalar': wires.SCALAR_CLIP},
     'rows': rows,
@@ -158,27 +159,27 @@ def _pixels(x: Any) -> list[float]:
 class _Attacked:
   """Victims, made once for every size of a batch, and attacks on them."""
 
-  def __init__(self, settings: Settings, pictures: attack_images.Pictures):
+  def __init__(self, settings: Settings, pictures: images.Pictures):
     self._settings = settings
     self._pictures = pictures
     self._prior = inversion.prior_of(pictures.public)
-    self._victims: dict[int, list[attack_victim.Victim]] = {}
+    self._victims: dict[int, list[victim_lib.Victim]] = {}
     self._effort = inversion.Effort(settings.restarts, settings.steps)
 
-  def victims(self, size: int) -> list[attack_victim.Victim]:
+  def victims(self, size: int) -> list[victim_lib.Victim]:
     """One for every seed."""
     if size not in self._victims:
       self._victims[size] = self._make(size)
     return self._victims[size]
 
-  def _make(self, size: int) -> list[attack_victim.Victim]:
+  def _make(self, size: int) -> list[victim_lib.Victim]:
     found = []
     for seed in range(self._settings.seeds):
       rng = np.random.default_rng([seed, size])
       chosen = rng.choice(len(self._pictures.private), size, replace=False)
       x = self._pictures.private[chosen]
       labels = self._pictures.private_labels[chosen]
-      found.append(attack_victim.make(x, labels, seed))
+      found.append(victim_lib.make(x, labels, seed))
     return found
 
   def row(self, wire: wires.Wire | Baseline, size: int) -> dict[str, Any]:
