@@ -45,7 +45,9 @@ class Config:
   dtype: str = _setting(
     'float32', 'Of the frozen weights and the forward pass.'
   )
-  hidden_units: int = _setting(10, 'Of the network for tables.')
+  hidden_units: int | None = _setting(
+    None, 'Of a hidden layer; without it tables have 10 and features none.'
+  )
   pool: str | None = _setting(
     None, 'What a classification head reads: first, mean or last position.'
   )
@@ -232,7 +234,7 @@ _CHOICES = {
   'schedule': schedules.NAMES,
   'mu_schedule': schedules.NAMES,
   'codec': (None, *codecs.CODECS),
-  'distribution': perturb.DISTRIBUTIONS,
+  'distribution': (*perturb.DISTRIBUTIONS, 'walsh'),
   'sides': estimators.SIDES,
   'scaling': spsa.SCALINGS,
   'weights': master.WEIGHTS,

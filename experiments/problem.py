@@ -37,7 +37,7 @@ _MODEL = frozenset(
 )
 SETTINGS = {
   'text': _MODEL,
-  'features': _PARTITION,
+  'features': _PARTITION | {'hidden_units'},
   'images': _PARTITION | {'model', 'eval_examples', 'eval_batch_size'},
   'tables': _PARTITION
   | {'target', 'feature_scaling', 'label_names', 'hidden_units'},

@@ -24,7 +24,7 @@ def build(config: Config) -> parts.Problem:
   params = mlp.init(
     parts.init_key(config),
     table.x_train.shape[1],
-    config.hidden_units,
+    10 if config.hidden_units is None else config.hidden_units,
     len(table.label_names) or 1,
   )
   scores = lambda params, batch: mlp.outputs(params, batch['features'])

@@ -12,9 +12,9 @@ the k-th of them belongs to `directions[k]`. Slots beyond the last are zero in
 results and ignored in arguments. Counts may be traced: one program serves all
 of them.
 
-'walsh' directions are those of one pool, in order: `directions[k]` is (pool, k).
-All of a block's cost one pass over it. Blocks of tensors that have no whole Walsh
-block of 32 x 128 entries have independent signs.
+'walsh' directions are those of one pool, in order: `directions[k]` is the pool
+and k. All of a block's cost one pass over it. Blocks of tensors that have no
+whole Walsh block, of 32 x 128 entries, have independent signs.
 
   * `partition`: the blocks of a pytree.
   * `norms`: those of a difference, by block.

@@ -143,9 +143,11 @@ def field(
     path: the tensor's path in its pytree, as in `keys.path_str`.
     shape: shape of the result. Any rank; viewed as (rows, columns), columns
       being the last dimension, a vector one row and a scalar one entry.
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: 'rademacher', 'popcount16', 'gaussian' or 'walsh'.
     offset: row and column of the rectangle in the tensor's (rows, columns)
-      view. Python integers, or uint32[] values that may be traced.
+      view. Python integers, or uint32[] values that may be traced. For 'walsh'
+      the column is a multiple of 128, and a rectangle has 32 x 128 entries at
+      least if its tensor has.
 
   Returns:
     float32[shape], equal to the slice of the whole field (for 'gaussian', up

@@ -1,10 +1,11 @@
 """All 4096 directions of a Walsh pool at once, whatever their number.
 
-With d, g and the blocks of `jaxfl.kernels.xla`, direction k of a pool is
+Direction k of a pool is, with d, g and the blocks of `jaxfl.kernels.xla`,
 
-    z_k[r, c] = d[r, c] (-1)**|k & g|,    g = 128 ((r + t) & 31) + ((c + s) & 127)
+    z_k[r, c] = d[r, c] (-1)**|k & g|
+    g = 128 ((r + t) & 31) + ((c + s) & 127)
 
-so that each is a field of independent signs, and two of them are orthogonal over
+so that each is a field of independent signs, and any two are orthogonal over
 every whole block. A sum over the pool is one transform of its coefficients and
 one pass over the tensor, and the products with all directions are one pass and
 one transform, because the transform is its own transpose:
@@ -102,9 +103,16 @@ def add(w, keys, coefficients, offset=(0, 0)):
     coefficients: float32[P, 4096], summed in the order of `transform`.
     offset: as for `spread`.
   """
-  for key, c in zip(keys, coefficients, strict=True):
-    w = w + spread(transform(c), key, w.shape, offset)
-  return w
+  return _add_all(w, keys, coefficients, offset)
+
+
+def _add_all(w, keys, coefficients, offset):
+  """Pool after pool, in a loop: the program does not grow with their number."""
+  add = lambda w, pool: (
+    w + spread(transform(pool[1]), pool[0], w.shape, offset),
+    None,
+  )
+  return lax.scan(add, w, (keys, coefficients))[0]
 
 
 def add_units(w, scale, keys, units, offset=(0, 0)):
@@ -121,11 +129,7 @@ def add_units(w, scale, keys, units, offset=(0, 0)):
     An array like `w`, and bool[]: all entries were and are on the grid.
   """
 
-  def total(old):
-    for key, unit in zip(keys, units, strict=True):
-      old = old + spread(transform(unit), key, w.shape, offset)
-    return old
-
+  total = lambda old: _add_all(old, keys, units, offset)
   return tiles.on_grid(w, scale, total)
 
 
@@ -148,12 +152,13 @@ def project(x, keys, offset=(0, 0), *, looped: bool):
   row, col = xla.position(offset)
   groups, width = rows // 64, cols // COLUMNS
   sums = _visit if looped else _gather
-  tables = []
-  for key in keys:
+
+  def table(key):
     words = xla.hashes(key[:2], groups, cols, row // np.uint32(64), col)
     t, s = _shifts(key, groups, width, row, col)
-    tables.append(sums(x, words.reshape(-1, cols), t, s).reshape(-1))
-  return transform(jnp.stack(tables)).reshape(-1)
+    return sums(x, words.reshape(-1, cols), t, s).reshape(-1)
+
+  return transform(lax.map(table, keys)).reshape(-1)
 
 
 def _signed(x, words):
@@ -213,9 +218,7 @@ class Parties(NamedTuple):
       start, stop = tile.span[c, 0], tile.span[c, 1]
       mine = jnp.roll(self.values[c], -start)
       mine = jnp.where(np.arange(len(mine)) < stop - start, mine, 0)
-      for key, x in zip(self.keys[c], by_pool(mine), strict=True):
-        part = part + spread(transform(x), key, part.shape, tile.offset)
-      return part
+      return _add_all(part, self.keys[c], by_pool(mine), tile.offset)
 
     return lax.fori_loop(0, len(self.keys), step, part)
 

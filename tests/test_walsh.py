@@ -48,7 +48,7 @@ def test_a_rectangle_is_a_slice():
   whole = np.asarray(part((200, 400), (0, 0)))
   for (row, col), (rows, cols) in [
     ((64, 128), (64, 200)),
-    ((63, 0), (70, 90)),
+    ((63, 0), (70, 140)),
     ((128, 256), (72, 144)),
   ]:
     expected = whole[row : row + rows, col : col + cols]
@@ -78,7 +78,7 @@ def test_the_transform_is_that_of_hadamard():
   np.testing.assert_array_equal(walsh.transform(y), walsh.SIZE * x)
 
 
-@pytest.mark.parametrize('count', [3, 4096, 5000])
+@pytest.mark.parametrize('count', [3, 5000])
 def test_the_whole_pool_is_the_sum_over_its_directions(count):
   rng = np.random.default_rng(1)
   units = rng.integers(-127, 128, count, dtype=np.int32)
@@ -149,14 +149,14 @@ def test_a_pool_gives_back_what_it_measured():
   np.testing.assert_allclose(back, x, atol=1e-5)
 
 
-BLOCKS = {'a': (130, 300), 'b': (40,), 'c': (64, 128)}
+BLOCKS = {'a': (64, 300), 'b': (40,)}
 
 
 def of_blocks(parties, count, seed=4):
   """Blocks, counts, directions, and the reference's z by party and slot."""
   cut = blocks.partition(
     jax.tree.map(np.zeros, BLOCKS, is_leaf=lambda x: isinstance(x, tuple)),
-    max_size=1 << 13,
+    max_size=1 << 14,
     distribution='walsh',
   )
   rng = np.random.default_rng(seed)
@@ -176,7 +176,7 @@ def of_block(base, k, block):
 
 def test_blocks_are_cut_between_walsh_blocks():
   cut, *_ = of_blocks(1, 50)
-  assert len(cut) > 5
+  assert len(cut) == 3
   assert all(b.offset[0] % 64 == b.offset[1] % 128 == 0 for b in cut)
 
 
@@ -235,7 +235,10 @@ def test_sums_of_blocks_are_exact_and_have_no_order():
       np.asarray(new[path]) * 16, total.reshape(BLOCKS[path])
     )
   jax.tree.map(np.testing.assert_array_equal, run(np.array([2, 0, 1]))[0], new)
-  floats = blocks.reconstruct(
+  reconstruct = jax.jit(
+    blocks.reconstruct, static_argnames=('blocks', 'distribution')
+  )
+  floats = reconstruct(
     zeros,
     cut,
     counts,

@@ -1,4 +1,4 @@
-"""A network with one hidden layer of softplus units, for tables of numbers.
+"""A network with one hidden layer of softplus units, for tables and features.
 
     y = W2 softplus(W1 x + b1) + b2
 
