@@ -151,6 +151,9 @@ _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 # the default task, where every client has a package of its own
 _TEXT_POOL = {'method': 'fedkseed', 'num_rounds': 30, 'eval_every': 5}
 _TEXT_FERRET = {'method': 'ferret', 'num_rounds': 20, 'eval_every': 2}
+# the same with 49,538 parameters, so that there are Walsh blocks
+_NETWORK = {'hidden_units': 128}
+_POOLS = {'independent signs': {}, 'Walsh': {'distribution': 'walsh'}}
 # 480 steps in all
 _TEXT_STEPS = {4: 120, 16: 30, 64: 8}
 
@@ -254,6 +257,33 @@ STUDIES = {
     },
     ('bits_per_byte', 'accuracy'),
     needs=(),
+  ),
+  'walsh_features': Study(
+    'Walsh pools; a hidden layer on SST-2 features, Dirichlet(0.5)',
+    {
+      f'{method}, {name}': settings | _NETWORK | changes
+      for method, settings in (
+        ('FedKSeed', _POOL | {'learning_rate': 3e-3}),
+        ('Ferret', _FERRET | {'learning_rate': 0.3, 'coordinates': 1024}),
+      )
+      for name, changes in _POOLS.items()
+    },
+    ('accuracy', 'loss'),
+    log_x=True,
+  ),
+  'walsh_text': Study(
+    'Walsh pools; the embedded model on Python source',
+    {
+      f'{method}, {name}': settings | changes
+      for method, settings in (
+        ('FedKSeed', _TEXT_POOL),
+        ('Ferret', _TEXT_FERRET),
+      )
+      for name, changes in _POOLS.items()
+    },
+    ('bits_per_byte', 'accuracy'),
+    needs=(),
+    log_x=True,
   ),
   'private_sst2': Study(
     'Private scalars, sketches and gradients; SST-2 features, 8 clients',

@@ -10,6 +10,12 @@ from the run's 64-bit seed to one tensor of one direction:
     direction = fold(stream(root, 'cohort'), round, sample)   # DeComFL
     leaf      = fold(direction, tensor_id(path))
 
+and to seed k of a Walsh pool, whose key is the root (FedKSeed) or that of a
+party's round (Ferret), with two more streams:
+
+    leaf      = fold(stream(pool, 'walsh'), k // 4096, tensor_id(path))
+    shifts    = fold(stream(pool, 'walsh shifts'), k // 4096, tensor_id(path))
+
 with `fold(k, d) = Threefry2x32(k, (0, d))`, which is `jax.random.fold_in` of
 threefry2x32 keys. A leaf key addresses bits by their position in the tensor
 (`jaxfl.perturb`) and is never folded again.

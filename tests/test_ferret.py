@@ -186,6 +186,26 @@ def test_slope_is_one(distribution, codec):
   assert abs(slope - 1) < 0.01
 
 
+def test_as_many_walsh_directions_as_entries_lose_nothing():
+  """They are a basis: the server takes the step of the mean difference."""
+  shape = {'w': (32, 128)}
+  method = build(
+    coordinates=4096,
+    max_block_size=4096,
+    codec='float32',
+    distribution='walsh',
+  )
+  state = method.init({'w': np.zeros(shape['w'], np.float32)})
+  deltas = [normals(shape, seed=1), normals(shape, seed=2)]
+  cohort = cohort_of([3, 8], weights=[1, 3])
+  messages = messages_of(method, state, deltas, cohort)
+  after = jax.jit(method.server)(state, messages, cohort)
+  mean = 0.25 * deltas[0]['w'] + 0.75 * deltas[1]['w']
+  # half a grid step and a 1/400 of the norm, which is sent as a bfloat16
+  error = np.linalg.norm(after.params['w'] + mean) / np.linalg.norm(mean)
+  assert error < 0.005
+
+
 def test_rounds_and_clients_have_their_own_directions():
   delta = {'w': normals({'w': (64, 32)})['w']}
   method = build(coordinates=128, max_block_size=4096, codec='float32')
