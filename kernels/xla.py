@@ -206,12 +206,21 @@ def _field(key, offset, *, shape, distribution, aligned):
   return _as_field(raw, distribution).reshape(shape)
 
 
+def times(scale, z):
+  """`scale * z`, float32.
+
+  The sign of z is applied to the bits of the product, so that no compiler can
+  contract the product and a sum into one FMA.
+  """
+  sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
+  return _flip(scale * jnp.abs(z), sign)
+
+
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
 def add(w, key, scale, *, distribution, offset=(0, 0)):
   """`w + scale * z`, rounded once per operation in float32.
 
-  The sign of z is applied to the bits of the product, so that no compiler can
-  contract the product and the sum into one FMA. Rademacher needs no product.
+  Rademacher needs no product; for the others, see `times`.
 
   Args:
     w: float[...]; types other than float32 are converted and cast back once.
@@ -230,9 +239,7 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
   if distribution == 'rademacher':
     step = _flip(scale, raw)
   else:
-    z = _as_field(raw, distribution)
-    sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
-    step = _flip(scale * jnp.abs(z), sign)
+    step = times(scale, _as_field(raw, distribution))
   return (w.astype(jnp.float32) + step).astype(w.dtype)
 
 

@@ -2,9 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxfl.kernels import lowrank  # pyright: ignore[reportMissingImports]
 
 from jaxfl import keys
-from jaxfl.kernels import lowrank  # pyright: ignore[reportMissingImports]
 from tests import reference
 
 RANKS = [1, 4, 16]
