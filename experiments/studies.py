@@ -342,12 +342,8 @@ STUDIES = {
     'One-byte SPSA by rank of the directions; the embedded model on Python'
     ' source',
     {
-      name: {'num_rounds': 30, 'distribution': distribution}
-      for name, distribution in (
-        ('signs', 'rademacher'),
-        ('rank 1', 'rank1'),
-        ('rank 16', 'rank16'),
-      )
+      name: {'num_rounds': 20, 'distribution': distribution}
+      for name, distribution in (('signs', 'rademacher'), ('rank 1', 'rank1'))
     },
     ('bits_per_byte', 'accuracy'),
     x=('forwards',),
