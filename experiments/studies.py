@@ -368,6 +368,17 @@ STUDIES = {
     needs=(),
     log_x=True,
   ),
+  'low_rank_text': Study(
+    'One-byte SPSA by rank of the directions; the embedded model on Python'
+    ' source',
+    {
+      name: {'num_rounds': 20, 'distribution': distribution}
+      for name, distribution in (('signs', 'rademacher'), ('rank 1', 'rank1'))
+    },
+    ('bits_per_byte', 'accuracy'),
+    x=('forwards',),
+    needs=(),
+  ),
   'decomfl_mnist': Study(
     'DeComFL and FedAvg; a CNN of 28,938 parameters on MNIST, 5 clients',
     {

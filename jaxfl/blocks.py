@@ -21,6 +21,8 @@ whole Walsh block, of 32 x 128 entries, have independent signs.
   * `project`: the inner products of a difference with its blocks' directions.
   * `reconstruct`: the transpose of it, summed over parties.
   * `add_units`: the same on grid weights (`jaxfl.grid`), as exact integers.
+
+Low-rank directions have no rectangles, and so none of these.
 """
 
 import itertools
@@ -39,6 +41,7 @@ from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   xla,
 )
 
+DISTRIBUTIONS = xla.DISTRIBUTIONS
 _GROUP = 64  # rows that share a word of the field
 _WALSH = walsh.COLUMNS
 
@@ -161,6 +164,9 @@ def project(
     TypeError: if `delta` is not floating-point (the path is named) or the
       directions are not uint32.
   """
+  checks.distribution(
+    distribution, DISTRIBUTIONS, 'is not a distribution of blocks'
+  )
   directions = perturb.checked('directions', directions, distribution, 'N, ')
   counts = _counts(counts, (len(blocks),))
   leaves = checks.named_arrays(delta)
@@ -211,6 +217,9 @@ def reconstruct(
     ValueError: if the distribution is unknown, or a block or a shape is wrong.
     TypeError: if the directions are not uint32.
   """
+  checks.distribution(
+    distribution, DISTRIBUTIONS, 'is not a distribution of blocks'
+  )
   like = jax.tree.map(
     lambda x: jnp.zeros(np.shape(x), jnp.float32), params_like
   )
@@ -263,7 +272,9 @@ def add_units(
     TypeError: if a parameter is not float32 (the path is named), the units are
       not integers, or the directions are not uint32.
   """
-  checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
+  checks.distribution(
+    distribution, xla.LARGEST, 'has no exact integer form on blocks'
+  )
   leaves = checks.named_arrays(params)
   units = checks.as_int32('units', units)
   packed = _pack(blocks, counts, directions, units, distribution)
@@ -272,7 +283,8 @@ def add_units(
   # one block after the other: all at once would need L * C * N entries
   too_large = jax.lax.map(
     lambda i: tiles.sum_exceeds(
-      jnp.where(packed.block == i, packed.values, 0), distribution
+      jnp.where(packed.block == i, packed.values, 0),
+      xla.LARGEST[distribution],
     ),
     jnp.arange(len(blocks)),
   )

@@ -3,13 +3,17 @@
 A direction z is never stored. Entry (r, c) of the tensor at `path` is a
 function of (r, c) and of the leaf key `keys.leaf_key(direction, path)` alone,
 as defined in `jaxfl.kernels.xla`: the same under jit, vmap, sharding and
-tiling, and on every machine. Three distributions of mean 0 and variance 1:
+tiling, and on every machine. Distributions of mean 0 and variance 1:
 
   * 'rademacher': signs. The default, and the fastest. Exact on every backend.
   * 'popcount16': 17 levels in [-4, 4], nearly Gaussian (kurtosis 2.875). Exact
     on every backend.
   * 'gaussian': for comparison with papers. Not bit-exact: the last bits may
     differ between backends, shardings and rectangles.
+  * 'rank1', 'rank4', 'rank16': every matrix a product of two sign matrices of
+    that inner dimension, as defined in `jaxfl.kernels.lowrank`. Exact on every
+    backend; many directions are one product of matrices in `replay_int` and
+    `project`. Entries are uncorrelated, but not independent.
 
 and three ways to apply it, from rounded to exact:
 
@@ -37,19 +41,25 @@ import numpy as np
 from jaxfl import checks, keys
 from jaxfl import typing as jt
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  lowrank,
   tiles,
-  walsh,  # pyright: ignore[reportMissingImports]
+  walsh,
   xla,
 )
 
 # of fields whose directions have nothing to do with each other
-DISTRIBUTIONS = tuple(name for name in xla.DISTRIBUTIONS if name != 'walsh')
-# z as a multiple of the integer field that `replay_int` adds
+DISTRIBUTIONS = (
+  *(name for name in xla.DISTRIBUTIONS if name != 'walsh'),
+  *lowrank.RANKS,
+)
+# The largest magnitude of the integer field that `replay_int` adds, and z as a
+# multiple of the field.
+LARGEST = xla.LARGEST | lowrank.RANKS
 FIELD_UNIT = {
   'rademacher': np.float32(1.0),
   'popcount16': np.float32(0.5),
   'walsh': np.float32(1.0),
-}
+} | {name: np.float32(rank**-0.5) for name, rank in lowrank.RANKS.items()}
 
 
 def walsh_keys(pool: jax.Array, number: jt.Array, path: str) -> jax.Array:
@@ -106,7 +116,7 @@ def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
 
 def checked(name: str, directions: jt.Array, distribution: str, axes: str):
   """The directions, if the distribution is known and their shape fits it."""
-  checks.distribution(distribution, xla.DISTRIBUTIONS)
+  checks.distribution(distribution, (*DISTRIBUTIONS, 'walsh'))
   words = 3 if distribution == 'walsh' else 2
   return checks.key(name, directions, f'[{axes}{words}]')
 
@@ -143,23 +153,28 @@ def field(
     path: the tensor's path in its pytree, as in `keys.path_str`.
     shape: shape of the result. Any rank; viewed as (rows, columns), columns
       being the last dimension, a vector one row and a scalar one entry.
-    distribution: 'rademacher', 'popcount16', 'gaussian' or 'walsh'.
+    distribution: one of `DISTRIBUTIONS`, or 'walsh'.
     offset: row and column of the rectangle in the tensor's (rows, columns)
       view. Python integers, or uint32[] values that may be traced. For 'walsh'
       the column is a multiple of 128, and a rectangle has 32 x 128 entries at
-      least if its tensor has.
+      least if its tensor has; low-rank directions have no rectangles.
 
   Returns:
     float32[shape], equal to the slice of the whole field (for 'gaussian', up
     to rounding).
 
   Raises:
-    ValueError: if the distribution is unknown or the direction's shape wrong.
+    ValueError: if the distribution is unknown, the direction's shape wrong, or
+      there is no such rectangle.
     TypeError: if the direction is not uint32.
   """
   direction = checked('direction', direction, distribution, '')
   like = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
   ((name, key),) = leaf_fields(direction, like, distribution)
+  if name in lowrank.RANKS:
+    if not all(isinstance(x, int) and x == 0 for x in offset):
+      raise ValueError(f'{name!r} has no rectangles: offset {offset}')
+    return lowrank.field(key, tuple(shape), distribution=name)
   return xla.field(key, tuple(shape), offset, distribution=name)
 
 
@@ -177,7 +192,7 @@ def perturb(
       is; other types are computed in float32 and cast back once.
     direction: uint32[2].
     scale: float32[].
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
 
   Returns:
     Pytree like `params`. One float32 rounding per entry for 'rademacher', one
@@ -194,9 +209,10 @@ def perturb(
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
   leaves = checks.named_arrays(params)
+  add = lowrank.add if distribution in lowrank.RANKS else xla.add
   fields = leaf_fields(direction, leaves, distribution)
   new = [
-    xla.add(w, field.keys, scale, distribution=field.distribution)
+    add(w, field.keys, scale, distribution=field.distribution)
     for w, field in zip(leaves.values(), fields, strict=True)
   ]
   return jax.tree.structure(params).unflatten(new)
@@ -216,11 +232,12 @@ def replay(
     params: pytree of floating-point arrays.
     directions: uint32[K, 2].
     coefficients: float32[K], the scales.
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
     tiled: apply all directions to a piece of a tensor before the next one is
       read. Faster for tensors beyond the cache of a CPU; the bits are the same,
       except for 'gaussian'. Not for sharded tensors. The default is true where
-      there is one device, a CPU, but for 'gaussian'.
+      there is one device, a CPU, but for 'gaussian'. Low-rank directions need
+      no tiles, whatever it says.
 
   Returns:
     Pytree like `params`.
@@ -244,6 +261,8 @@ def replay(
 
   def leaf(w, field):
     name = field.distribution
+    if name in lowrank.RANKS:
+      return lowrank.replay(w, field.keys, coefficients, distribution=name)
     x, plan = _whole(w, len(coefficients), name, tiled)
     x = tiles.add(x, field.keys, coefficients, plan, distribution=name)
     return x.reshape(w.shape)
@@ -268,8 +287,10 @@ def replay_int(
 
       W' = W + sum_k units_k Z_k,    w' = W' 2**-e
 
-  where Z is z for 'rademacher' and 2 z, in [-8, 8], for 'popcount16' (so that a
-  unit there is half of a coefficient in steps of 2**-e). Everything is int32.
+  where Z is the integer field and z = `FIELD_UNIT` Z: z for 'rademacher', 2 z
+  in [-8, 8] for 'popcount16' (so that a unit there is half of a coefficient in
+  steps of 2**-e), and sqrt(r) z in [-r, r] for rank r. Everything is int32, or
+  integers that float32 holds.
 
   Args:
     params: pytree of float32 arrays on their grids: multiples of 2**-e of
@@ -277,7 +298,7 @@ def replay_int(
     directions: uint32[K, 2].
     units: pytree like `params` of integers [K], at most int32.
     exponents: pytree like `params` of int32[]; |e| <= 100.
-    distribution: 'rademacher' or 'popcount16'.
+    distribution: a key of `FIELD_UNIT`.
     tiled: as for `replay`.
 
   Returns:
@@ -292,7 +313,7 @@ def replay_int(
     TypeError: if a parameter is not float32, units are not integers (the path
       is named), or directions are not uint32.
   """
-  checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
+  checks.distribution(distribution, FIELD_UNIT, 'has no exact integer form')
   directions = checked('directions', directions, distribution, 'K, ')
   leaves = checks.named_arrays(params)
   treedef = jax.tree.structure(params)
@@ -305,11 +326,17 @@ def replay_int(
       )
     *scale, overflow = checks.grid_scale(path, w, e)
     name = field.distribution
-    x, plan = _whole(w, len(unit), name, tiled)
-    x, fits = tiles.add_units(
-      x, scale, field.keys, unit, plan, distribution=name
-    )
-    overflow |= ~fits | tiles.sum_exceeds(unit, name)
+    if name in lowrank.RANKS:
+      add = lambda total: lowrank.add_units(
+        total, field.keys, unit, distribution=name
+      )
+      x, fits = tiles.on_grid(w, scale, add)
+    else:
+      x, plan = _whole(w, len(unit), name, tiled)
+      x, fits = tiles.add_units(
+        x, scale, field.keys, unit, plan, distribution=name
+      )
+    overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST[name])
     return x.reshape(w.shape), overflow
 
   results = [
@@ -340,7 +367,7 @@ def project(
   Args:
     delta: pytree of floating-point arrays.
     directions: uint32[K, 2].
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
     tiled: as for `replay`, but the sums are grouped otherwise.
 
   Returns:
@@ -359,6 +386,9 @@ def project(
   fields = leaf_fields(directions, leaves, distribution)
   for x, field in zip(leaves.values(), fields, strict=True):
     name = field.distribution
+    if name in lowrank.RANKS:
+      total += lowrank.project(x, field.keys, distribution=name)
+      continue
     x, plan = _whole(x, len(directions), name, tiled)
     total += tiles.project(x, field.keys, plan, distribution=name)
   return total
@@ -391,7 +421,7 @@ def replay_pool(
       walsh_keys(pool, numbers, path),
       walsh.by_pool(unit),
     )
-    overflow |= ~fits | tiles.sum_exceeds(unit, 'walsh')
+    overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST['walsh'])
     return x.reshape(w.shape), overflow
 
   units = treedef.flatten_up_to(units)

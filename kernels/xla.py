@@ -209,7 +209,7 @@ def _rectangle(key, shape, offset, distribution, aligned):
   row, col = offset
   group = _ROWS[distribution]
   count = -(-(rows + (0 if aligned else group - 1)) // group)
-  words = _words(key, count, cols, row // np.uint32(group), col)
+  words = hashes(key, count, cols, row // np.uint32(group), col)
   whole = _EXPAND[distribution](words).reshape(count * group, cols)
   if aligned:
     return whole[:rows]
@@ -262,12 +262,21 @@ def _field(key, offset, *, shape, distribution, aligned):
   return _as_field(raw, distribution).reshape(shape)
 
 
+def times(scale, z):
+  """`scale * z`, float32.
+
+  The sign of z is applied to the bits of the product, so that no compiler can
+  contract the product and a sum into one FMA.
+  """
+  sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
+  return _flip(scale * jnp.abs(z), sign)
+
+
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
 def add(w, key, scale, *, distribution, offset=(0, 0)):
   """`w + scale * z`, rounded once per operation in float32.
 
-  The sign of z is applied to the bits of the product, so that no compiler can
-  contract the product and the sum into one FMA. Rademacher needs no product.
+  Rademacher needs no product; for the others, see `times`.
 
   Args:
     w: float[...]; types other than float32 are converted and cast back once.
@@ -287,9 +296,7 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
   if distribution in SIGNS:
     step = _flip(scale, raw)
   else:
-    z = _as_field(raw, distribution)
-    sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
-    step = _flip(scale * jnp.abs(z), sign)
+    step = times(scale, _as_field(raw, distribution))
   return (w.astype(jnp.float32) + step).astype(w.dtype)
 
 
@@ -325,7 +332,7 @@ def _signed_sums(x, key, offset):
   rows, cols = x.shape
   count, parts = rows // 64, 8
   x = x.reshape(count, 2, parts, 32 // parts, cols)
-  words = _words(key, count, cols, offset[0] // np.uint32(64), offset[1])
+  words = hashes(key, count, cols, offset[0] // np.uint32(64), offset[1])
   shape = (count, 2, 32 // parts, cols)
   words = jnp.broadcast_to(words[:, :, None, :], shape)
   total = jnp.zeros(shape, jnp.float32)

@@ -333,6 +333,7 @@ def test_no_basis_is_stored():
     ({'allocation': 'even'}, "allocation must be one of bytes, .*, got 'even'"),
     ({'codec': 'log9'}, "codec must be one of log8, .*, got 'log9'"),
     ({'distribution': 'cauchy'}, "distribution must be one of .*'cauchy'"),
+    ({'distribution': 'rank1'}, "distribution must be one of .*'rank1'"),
     ({'server_lr': 0.0}, 'server_lr must be > 0, got 0.0'),
     ({'server_lr': -1.0}, 'server_lr must be 0 or in .*, got -1.0'),
     ({'server_lr': lambda r: 1.0}, 'server_lr is a schedule: num_rounds'),
