@@ -19,8 +19,8 @@ With (a, b) the two words of Threefry-2x32-20 under the leaf key, a sign is
     bit        m & 31 of b if m & 32 else a
 
 A slice of a stack thus needs nothing but the number of its first matrix. There
-are no other rectangles: factors are small, and tiles have nothing to save. All
-of it are sums of integers, equal on every backend.
+are no other rectangles: factors are small, and tiles have nothing to save.
+Fields and steps are equal on every backend, and integer sums in every order.
 
 Low-rank perturbations: Sarkar et al., "Evolution strategies at the
 hyperscale", https://arxiv.org/abs/2511.16652 (there with Gaussian factors).
