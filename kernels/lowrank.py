@@ -23,7 +23,7 @@ are no other rectangles: factors are small, and tiles have nothing to save.
 Fields and steps are equal on every backend, and integer sums in every order.
 
 Low-rank perturbations: Sarkar et al., "Evolution strategies at the
-hyperscale", https://arxiv.org/abs/2511.16652 (there with Gaussian factors).
+hyperscale", https://arxiv.org/abs/2511.16652.
 """
 
 import functools
