@@ -154,6 +154,12 @@ _TEXT_FERRET = {'method': 'ferret', 'num_rounds': 20, 'eval_every': 2}
 # the same with 49,538 parameters, so that there are Walsh blocks
 _NETWORK = {'hidden_units': 128}
 _POOLS = {'independent signs': {}, 'Walsh': {'distribution': 'walsh'}}
+_SHORT_TEXT = {
+  'num_rounds': 10,
+  'batch_size': 2,
+  'eval_examples': 256,
+  'eval_every': 5,
+}
 # 480 steps in all
 _TEXT_STEPS = {4: 120, 16: 30, 64: 8}
 
@@ -372,7 +378,7 @@ STUDIES = {
     'One-byte SPSA by rank of the directions; the embedded model on Python'
     ' source',
     {
-      name: {'num_rounds': 20, 'distribution': distribution}
+      name: _SHORT_TEXT | {'distribution': distribution}
       for name, distribution in (('signs', 'rademacher'), ('rank 1', 'rank1'))
     },
     ('bits_per_byte', 'accuracy'),

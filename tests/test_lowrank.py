@@ -115,7 +115,7 @@ def test_replay_int_equals_int64_in_any_order(name):
 def test_the_largest_sums_are_exact(name):
   """The same direction again and again: every sum is as large as can be."""
   rank, shape = lowrank.RANKS[name], (3, 5)
-  count = 2 * lowrank._MOST_TERMS // rank
+  count = 2 * lowrank.MOST_TERMS // rank
   many = np.tile(KEY, (count, 1))
   z = integers(KEY, shape, rank)
   add = jax.jit(lowrank.add_units, static_argnames='distribution')
