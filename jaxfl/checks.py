@@ -40,16 +40,17 @@ def distribution(
 
 
 def key(name: str, array: jt.Array, shape: str) -> jax.Array:
-  """The array, uint32 of a shape such as '[2]' or '[K, 2]'.
+  """The array, uint32 of a shape such as '[2]' or '[K, 3]'.
 
   Raises:
-    ValueError: if the number of axes differs, or the last of them is not 2.
+    ValueError: if the number of axes or the last of them differs.
     TypeError: if it is not uint32.
   """
   array = jnp.asarray(array)
   if array.dtype != jnp.uint32:
     raise TypeError(f'{name} must be uint32, got {array.dtype}')
-  if array.ndim != shape.count(',') + 1 or array.shape[-1] != 2:
+  words = int(shape.strip('[]').split(',')[-1])
+  if array.ndim != shape.count(',') + 1 or array.shape[-1] != words:
     raise ValueError(f'{name} must be uint32{shape}, got {array.shape}')
   return array
 

@@ -28,6 +28,8 @@ and three ways to apply it, from rounded to exact:
 to zero depends on the backend.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -35,10 +37,59 @@ import numpy as np
 from jaxfl import checks, keys
 from jaxfl import typing as jt
 from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import walsh  # pyright: ignore[reportMissingImports]
 
-DISTRIBUTIONS = xla.DISTRIBUTIONS
+# of fields whose directions have nothing to do with each other
+DISTRIBUTIONS = tuple(name for name in xla.DISTRIBUTIONS if name != 'walsh')
 # z as a multiple of the integer field that `replay_int` adds
-FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
+FIELD_UNIT = {
+  'rademacher': np.float32(1.0),
+  'popcount16': np.float32(0.5),
+  'walsh': np.float32(1.0),
+}
+
+
+def pool_keys(pool: jax.Array, number: jt.Array) -> tuple[jax.Array, jax.Array]:
+  """Directions uint32[..., 2] of the fields and of the shifts of Walsh pools.
+
+  Args:
+    pool: uint32[..., 2].
+    number: of the pool, integers [...]: every 4096 seeds have another.
+  """
+  of = lambda name: keys.fold(keys.stream(pool, name), number)
+  return of('walsh'), of('walsh shifts')
+
+
+class Leaf(NamedTuple):
+  """The fields of some directions on one tensor."""
+
+  distribution: str  # of `xla`
+  keys: jax.Array  # uint32[..., 2 or 5]
+
+
+def leaf_fields(
+  directions: jax.Array, leaves: dict[str, Any], distribution: str
+) -> list[Leaf]:
+  """The fields of directions uint32[..., 2], or [..., 3], on every tensor.
+
+  A 'walsh' direction is the key of its pool and its number k. Tensors without a
+  whole Walsh block have signs, as the pool `keys.fold(pool, k)` would.
+  """
+  if distribution != 'walsh':
+    leaf_keys = _leaf_keys(directions, leaves)
+    return [Leaf(distribution, key) for key in leaf_keys]
+  pool, k = directions[..., :2], directions[..., 2]
+  field, shift = pool_keys(pool, k // np.uint32(walsh.SIZE))
+  k = (k % np.uint32(walsh.SIZE))[..., None]
+  found = []
+  for path, x in leaves.items():
+    if walsh.is_small(x.shape):
+      leaf = keys.leaf_key(keys.fold(pool, directions[..., 2]), path)
+      found.append(Leaf('rademacher', leaf))
+      continue
+    words = [keys.leaf_key(field, path), keys.leaf_key(shift, path), k]
+    found.append(Leaf('walsh', jnp.concatenate(words, axis=-1)))
+  return found
 
 
 def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
@@ -48,11 +99,21 @@ def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
   return list(keys.fold(directions[None], ids))
 
 
-def _whole(x: jax.Array, count: int, tiled: bool | None):
+def _checked(name: str, directions: jt.Array, distribution: str, axes: str):
+  """The directions, if the distribution is known and their shape fits it."""
+  checks.distribution(distribution, xla.DISTRIBUTIONS)
+  words = 3 if distribution == 'walsh' else 2
+  return checks.key(name, directions, f'[{axes}{words}]')
+
+
+def _whole(x: jax.Array, count: int, distribution: str, tiled: bool | None):
   """The array and the plan for `count` directions on all of it.
 
   Without tiles the array keeps its shape and so, under GSPMD, its sharding.
+  Tiles would cut Walsh blocks.
   """
+  if distribution == 'walsh':
+    tiled = False
   if tiled is None:
     tiled = jax.default_backend() == 'cpu' and jax.device_count() == 1
   if tiled:
@@ -89,9 +150,10 @@ def field(
     ValueError: if the distribution is unknown or the direction's shape wrong.
     TypeError: if the direction is not uint32.
   """
-  checks.distribution(distribution, DISTRIBUTIONS)
-  key = keys.leaf_key(checks.key('direction', direction, '[2]'), path)
-  return xla.field(key, tuple(shape), offset, distribution=distribution)
+  direction = _checked('direction', direction, distribution, '')
+  like = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
+  ((name, key),) = leaf_fields(direction, like, distribution)
+  return xla.field(key, tuple(shape), offset, distribution=name)
 
 
 def perturb(
@@ -120,17 +182,15 @@ def perturb(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the direction is not uint32.
   """
-  checks.distribution(distribution, DISTRIBUTIONS)
-  direction = checks.key('direction', direction, '[2]')
+  direction = _checked('direction', direction, distribution, '')
   scale = jnp.asarray(scale, jnp.float32)
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
   leaves = checks.named_arrays(params)
+  fields = leaf_fields(direction, leaves, distribution)
   new = [
-    xla.add(w, key, scale, distribution=distribution)
-    for w, key in zip(
-      leaves.values(), _leaf_keys(direction, leaves), strict=True
-    )
+    xla.add(w, field.keys, scale, distribution=field.distribution)
+    for w, field in zip(leaves.values(), fields, strict=True)
   ]
   return jax.tree.structure(params).unflatten(new)
 
@@ -164,8 +224,7 @@ def replay(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the directions are not uint32.
   """
-  checks.distribution(distribution, DISTRIBUTIONS)
-  directions = checks.key('directions', directions, '[K, 2]')
+  directions = _checked('directions', directions, distribution, 'K, ')
   coefficients = jnp.asarray(coefficients, jnp.float32)
   if coefficients.shape != directions.shape[:1]:
     raise ValueError(
@@ -176,12 +235,14 @@ def replay(
   if tiled is None and distribution == 'gaussian':
     tiled = False  # tiles would change last bits
 
-  def leaf(w, leaf_keys):
-    x, plan = _whole(w, len(coefficients), tiled)
-    x = tiles.add(x, leaf_keys, coefficients, plan, distribution=distribution)
+  def leaf(w, field):
+    name = field.distribution
+    x, plan = _whole(w, len(coefficients), name, tiled)
+    x = tiles.add(x, field.keys, coefficients, plan, distribution=name)
     return x.reshape(w.shape)
 
-  new = map(leaf, leaves.values(), _leaf_keys(directions, leaves))
+  fields = leaf_fields(directions, leaves, distribution)
+  new = map(leaf, leaves.values(), fields)
   return jax.tree.structure(params).unflatten(new)
 
 
@@ -225,29 +286,30 @@ def replay_int(
       is named), or directions are not uint32.
   """
   checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
-  directions = checks.key('directions', directions, '[K, 2]')
+  directions = _checked('directions', directions, distribution, 'K, ')
   leaves = checks.named_arrays(params)
   treedef = jax.tree.structure(params)
 
-  def leaf(path, w, leaf_keys, unit, e):
+  def leaf(path, w, field, unit, e):
     unit = checks.as_int32(f'units of {path!r}', unit)
     if unit.shape != directions.shape[:1]:
       raise ValueError(
         f'{path!r}: expected units [{directions.shape[0]}], got {unit.shape}'
       )
     *scale, overflow = checks.grid_scale(path, w, e)
-    x, plan = _whole(w, len(unit), tiled)
+    name = field.distribution
+    x, plan = _whole(w, len(unit), name, tiled)
     x, fits = tiles.add_units(
-      x, scale, leaf_keys, unit, plan, distribution=distribution
+      x, scale, field.keys, unit, plan, distribution=name
     )
-    overflow |= ~fits | tiles.sum_exceeds(unit, distribution)
+    overflow |= ~fits | tiles.sum_exceeds(unit, name)
     return x.reshape(w.shape), overflow
 
   results = [
     leaf(path, w, *rest)
     for (path, w), *rest in zip(
       leaves.items(),
-      _leaf_keys(directions, leaves),
+      leaf_fields(directions, leaves, distribution),
       treedef.flatten_up_to(units),
       treedef.flatten_up_to(exponents),
       strict=True,
@@ -284,13 +346,12 @@ def project(
     TypeError: if an array is not of a floating type (the path is named) or the
       directions are not uint32.
   """
-  checks.distribution(distribution, DISTRIBUTIONS)
-  directions = checks.key('directions', directions, '[K, 2]')
+  directions = _checked('directions', directions, distribution, 'K, ')
   leaves = checks.named_arrays(delta)
   total = jnp.zeros(len(directions), jnp.float32)
-  for x, leaf_keys in zip(
-    leaves.values(), _leaf_keys(directions, leaves), strict=True
-  ):
-    x, plan = _whole(x, len(directions), tiled)
-    total += tiles.project(x, leaf_keys, plan, distribution=distribution)
+  fields = leaf_fields(directions, leaves, distribution)
+  for x, field in zip(leaves.values(), fields, strict=True):
+    name = field.distribution
+    x, plan = _whole(x, len(directions), name, tiled)
+    total += tiles.project(x, field.keys, plan, distribution=name)
   return total

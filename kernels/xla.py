@@ -18,10 +18,19 @@ The first two are integers up to a power of two and equal on every backend. The
 third depends on the backend's `log` and use of FMA, in the last bits: it may
 differ between backends, and between the layouts of one backend.
 
+    walsh       z = d h_k; d is the rademacher field, h_k a Walsh function on
+                blocks b of 32 x 128 entries, shifted by (t, s) in each:
+                h_k = (-1)**|k & g|,  g = 128 ((r + t) & 31) + ((c + s) & 127)
+                where |.| counts bits, k < 4096, and t & 31 and s & 127 are from
+                the words of counter (r >> 5, c >> 7) under a key of its own
+
+is the direction k of a pool (see `jaxfl.kernels.walsh`). Its key is uint32[5]:
+leaf key, key of the shifts, and k; all others are uint32[2].
+
 A word serves many elements. XLA on CPU would fuse the hash into its consumers
 and evaluate it once per element; `optimization_barrier` does not prevent that
 and a loop of one iteration is inlined. It never duplicates a reduction, so
-`_words` returns its two words from one variadic reduction. (An integer division
+`hashes` returns its two words from one variadic reduction. (An integer division
 is kept apart too, but then each word costs a hash of its own.)
 
 Under GSPMD a tensor is updated without communication if every shard holds whole
@@ -51,11 +60,18 @@ _SIN = [
 ]
 
 # Rows that share one evaluation of the hash.
-_ROWS = {'rademacher': 64, 'popcount16': 4, 'gaussian': 2}
+_ROWS = {'rademacher': 64, 'popcount16': 4, 'gaussian': 2, 'walsh': 64}
 
 DISTRIBUTIONS = tuple(_ROWS)
 # The largest magnitude of the integer fields, see `add_units`.
-LARGEST = {'rademacher': 1, 'popcount16': 8}
+LARGEST = {'rademacher': 1, 'popcount16': 8, 'walsh': 1}
+SIGNS = ('rademacher', 'walsh')  # distributions of +-1
+BLOCK = (32, 128)  # of the Walsh functions, rows and columns
+# of the rows of Walsh functions: bit r of word k is |k & r| mod 2
+_WALSH_ROWS = np.array(
+  [sum((k & r).bit_count() % 2 << r for r in range(32)) for k in range(32)],
+  np.uint32,
+)
 
 
 def view(shape: tuple[int, ...]) -> tuple[int, int]:
@@ -63,7 +79,7 @@ def view(shape: tuple[int, ...]) -> tuple[int, int]:
   return math.prod(shape[:-1]), (shape[-1] if shape else 1)
 
 
-def _position(offset):
+def position(offset):
   """Row and column as uint32[], from integers or uint32[]."""
   return tuple(np.uint32(x) if isinstance(x, int) else x for x in offset)
 
@@ -78,16 +94,26 @@ def _flip(x, sign):
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _words(key, count, cols, first, col):
-  """Hashes of the counters (first + i, col + c): uint32[count, 2, cols].
+def hashes(key, count, cols, first, col, flips=None):
+  """Words of the counters (first + i, col + c): uint32[count, 2, cols].
 
   The reduction runs over a leading axis of two entries, the second of which is
   zero: that is what keeps XLA from simplifying it away.
+
+  Args:
+    key: uint32[2].
+    count: number of counters' first words.
+    cols: number of their second words.
+    first: uint32[].
+    col: uint32[].
+    flips: uint32[count, 2, cols], bits that are flipped.
   """
   shape = (2, count, cols)
   pair = keys.threefry2x32(
     key[0], key[1], _iota(shape, 1) + first, _iota(shape, 2) + col
   )
+  if flips is not None:
+    pair = tuple(word ^ flips[None, :, i] for i, word in enumerate(pair))
   zero = np.uint32(0)
   once = _iota(shape, 0) == zero
   a, b = lax.reduce(
@@ -99,6 +125,35 @@ def _words(key, count, cols, first, col):
   return jnp.stack([a, b], axis=1)
 
 
+def shifts(key, count, cols, first, col):
+  """Those of the blocks (first + i, col + j): t and s, uint32[count, cols]."""
+  pair = hashes(key, count, cols, first, col)
+  return pair[:, 0] & np.uint32(31), pair[:, 1] & np.uint32(127)
+
+
+def _walsh_flips(key, k, count, cols, first, col):
+  """The bits of a Walsh function, as `hashes` orders them."""
+  height, width = count * 2, -(-cols // BLOCK[1])
+  t, s = shifts(key, height, width, first * np.uint32(2), col // BLOCK[1])
+  # bit r of a word is |k & (r + t)|: the bits of t = 0, turned by t
+  row = jnp.asarray(_WALSH_ROWS)[k >> np.uint32(7)]
+  left = (np.uint32(32) - t) & np.uint32(31)
+  row = (row >> t) | jnp.where(t == 0, row, row << left)
+  shape = (height, width, BLOCK[1])
+  x = (s[..., None] + _iota(shape, 2)) & k & np.uint32(127)
+  odd = lax.population_count(x) & np.uint32(1)
+  flips = row[..., None] ^ (np.uint32(0) - odd)
+  return flips.reshape(count, 2, -1)[..., :cols]
+
+
+def _words(key, count, cols, first, col):
+  """The words of the sign field, or of a Walsh direction if the key has 5."""
+  flips = None
+  if key.shape[-1] == 5:
+    flips = _walsh_flips(key[2:4], key[4], count, cols, first, col)
+  return hashes(key[:2], count, cols, first, col, flips)
+
+
 def _polynomial(coefficients, x):
   value = jnp.full_like(x, coefficients[-1])
   for c in reversed(coefficients[:-1]):
@@ -106,7 +161,7 @@ def _polynomial(coefficients, x):
   return value
 
 
-def _expand_signs(words):
+def expand_signs(words):
   count, _, cols = words.shape
   shift = np.uint32(31) - _iota((count, 2, 32, cols), 2)
   return (words[:, :, None, :] << shift) & _SIGN
@@ -141,7 +196,8 @@ def _expand_normals(words):
 
 
 _EXPAND = {
-  'rademacher': _expand_signs,
+  'rademacher': expand_signs,
+  'walsh': expand_signs,
   'popcount16': _expand_popcounts,
   'gaussian': _expand_normals,
 }
@@ -163,13 +219,13 @@ def _rectangle(key, shape, offset, distribution, aligned):
 
 def _raw(key, shape, distribution, offset):
   """The raw field in the shape of a tensor or rectangle; see `add`."""
-  raw = _rectangle(key, view(shape), _position(offset), distribution, True)
+  raw = _rectangle(key, view(shape), position(offset), distribution, True)
   return raw.reshape(shape)
 
 
 def _as_field(raw, distribution):
   """Turns a raw field into float32 z."""
-  if distribution == 'rademacher':
+  if distribution in SIGNS:
     return _flip(jnp.ones((), jnp.float32), raw)
   if distribution == 'popcount16':
     return raw.astype(jnp.float32) * np.float32(0.5)
@@ -180,7 +236,7 @@ def field(key, shape, offset, *, distribution):
   """The field z of a tensor, or of a rectangle of its (R, C) view.
 
   Args:
-    key: uint32[2], a leaf key.
+    key: uint32[2], a leaf key; uint32[5] for 'walsh'.
     shape: shape of the result; viewed as (rows, cols).
     offset: (row, column) of the rectangle; Python integers or uint32[] values.
     distribution: one of `DISTRIBUTIONS`.
@@ -191,7 +247,7 @@ def field(key, shape, offset, *, distribution):
   row = offset[0]
   return _field(
     key,
-    _position(offset),
+    position(offset),
     shape=shape,
     distribution=distribution,
     aligned=isinstance(row, int) and row % _ROWS[distribution] == 0,
@@ -215,11 +271,12 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
 
   Args:
     w: float[...]; types other than float32 are converted and cast back once.
-    key: uint32[2], a leaf key.
+    key: uint32[2], a leaf key; uint32[5] for 'walsh'.
     scale: float32[].
     distribution: one of `DISTRIBUTIONS`.
     offset: if `w` is a rectangle of the (R, C) view of a tensor, its first row,
-      a multiple of 64, and column; Python integers or uint32[] values.
+      a multiple of 64, and column, one of 128 for 'walsh'; Python integers or
+      uint32[] values.
 
   Returns:
     An array like `w`.
@@ -227,7 +284,7 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
   if not w.size:
     return w
   raw = _raw(key, w.shape, distribution, offset)
-  if distribution == 'rademacher':
+  if distribution in SIGNS:
     step = _flip(scale, raw)
   else:
     z = _as_field(raw, distribution)
@@ -244,7 +301,7 @@ def add_units(total, key, unit, *, distribution, offset=(0, 0)):
 
   Args:
     total: int32[...].
-    key: uint32[2], a leaf key.
+    key: uint32[2], a leaf key; uint32[5] for 'walsh'.
     unit: int32[].
     distribution: a key of `LARGEST`.
     offset: as for `add`.
@@ -255,7 +312,7 @@ def add_units(total, key, unit, *, distribution, offset=(0, 0)):
   if not total.size:
     return total
   raw = _raw(key, total.shape, distribution, offset)
-  if distribution == 'rademacher':
+  if distribution in SIGNS:
     return total + jnp.where(raw != 0, -unit, unit)
   return total + unit * raw
 
@@ -285,7 +342,7 @@ def dot(x, key, *, distribution, offset=(0, 0)):
 
   Args:
     x: float[...]; types other than float32 are converted.
-    key: uint32[2], a leaf key.
+    key: uint32[2], a leaf key; uint32[5] for 'walsh'.
     distribution: one of `DISTRIBUTIONS`.
     offset: as for `add`.
 
@@ -293,8 +350,8 @@ def dot(x, key, *, distribution, offset=(0, 0)):
     float32[], up to rounding: the order of the sums is the backend's.
   """
   x = x.astype(jnp.float32).reshape(view(x.shape))
-  offset = _position(offset)
-  if distribution == 'rademacher' and len(x) % 64 == 0:
+  offset = position(offset)
+  if distribution in SIGNS and len(x) % 64 == 0:
     terms = _signed_sums(x, key, offset)
   else:
     z = _as_field(_raw(key, x.shape, distribution, offset), distribution)
