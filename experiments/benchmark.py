@@ -2,7 +2,7 @@
 
     python -m experiments.benchmark --suite=kernels
     python -m experiments.benchmark --suite=step
-    python -m experiments.benchmark --suite=simulate --fedjax_python=VENV/bin/python
+    python -m experiments.benchmark --suite=simulate --fedjax_python=PYTHON
 
 On a CPU, everything runs on one core, to which the process pins itself; about
 five minutes for a suite on an idle machine. On an accelerator nothing is

@@ -23,7 +23,8 @@ from jax import lax
 from experiments.benchmarks import machine, timing
 from jaxfl import keys
 
-PER_HASH = {'rademacher': 64, 'popcount16': 4, 'gaussian': 2}  # entries
+# entries
+PER_HASH = {'rademacher': 64, 'walsh': 64, 'popcount16': 4, 'gaussian': 2}
 # In one pass over the lanes. XLA on CPU is slower with more.
 _UNROLL, _BITS = 4, 8
 

@@ -6,7 +6,6 @@ add a row, add a line to `entries`.
 """
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -53,6 +52,16 @@ class Entry(NamedTuple):
   rivals: tuple[str, ...] = ()
   updates: bool = True  # returns new weights, or has them first in a tuple
   shown: bool = True
+
+
+# The rows on sets of many tensors, each of which takes long to compile.
+BRIEF = (
+  'w + c',
+  'perturb rademacher',
+  f'replay rademacher K={FEW}',
+  f'project rademacher K={FEW}',
+  f'pool rebuild rademacher K={FEW}',
+)
 
 
 def inputs(shapes: tensors.Shapes) -> dict[str, Any]:
@@ -115,16 +124,13 @@ def _ferret_blocks(params, x):
   return jax.tree.map(jnp.add, params, step)
 
 
-def entries(shapes: tensors.Shapes, *, many: bool) -> Iterable[Entry]:
-  """The rows on a set of tensors.
-
-  Args:
-    shapes: of the tensors.
-    many: with 4096 directions, too.
-  """
+def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
+  """The rows on a set of tensors."""
   cost = functools.partial(floors.Cost, tensors.entries(shapes))
   torch = tuple(torch_loops.LOOPS)
-  yield Entry('w + c', lambda w, x: jax.tree.map(lambda w: w + x['scales'][0], w), cost())
+  yield Entry(
+    'w + c', lambda w, x: jax.tree.map(lambda w: w + x['scales'][0], w), cost()
+  )
   for name, draw in (
     ('rademacher', jax.random.rademacher),
     ('normal', jax.random.normal),
@@ -141,7 +147,7 @@ def entries(shapes: tensors.Shapes, *, many: bool) -> Iterable[Entry]:
       cost(2, 1, name),
       (f'jax.random.{sampler}', torch[0]),
     )
-  for count in (FEW, MANY) if many else (FEW,):
+  for count in (FEW, MANY):
     slow = () if count > FEW else ('popcount16', 'gaussian')
     for name in ('rademacher', *slow):
       yield Entry(
@@ -211,15 +217,23 @@ def _zeros(shapes):
 
 
 def operations(
-  on: str, shapes: tensors.Shapes, *, many: bool
+  on: str, shapes: tensors.Shapes, names: tuple[str, ...] = ()
 ) -> list[timing.Operation]:
-  """What there is to time on a set of tensors, the torch loops with it."""
+  """What there is to time on a set of tensors, the torch loops with it.
+
+  Args:
+    on: name of the set.
+    shapes: of the tensors.
+    names: of the rows; all if there are none.
+  """
   x, held = inputs(shapes), Held(_zeros(shapes))
   size = tensors.entries(shapes)
   found = []
-  for entry in entries(shapes, many=many):
+  for entry in entries(shapes):
+    if names and entry.name not in names:
+      continue
     compiled = _compile(entry, shapes, x)
-    directions = max(1.0, entry.cost.directions) 
+    directions = max(1.0, entry.cost.directions)
     has_floor = entry.shown and entry.name != 'w + c'
     found.append(
       timing.Operation(
@@ -234,9 +248,12 @@ def operations(
         shown=entry.shown,
       )
     )
+  wanted = {rival for operation in found for rival in operation.rivals}
   if torch_loops.device():
     weights = torch_loops.zeros(shapes)
     for name, (loop, count) in torch_loops.LOOPS.items():
+      if name not in wanted:
+        continue
       both = 2 if 'project +' in name else 1
 
       def run(loop=loop):
@@ -245,7 +262,12 @@ def operations(
 
       found.append(
         timing.Operation(
-          name=name, on=on, run=run, work=size * count * both / 1e9, unit='G/s', shown=False
+          name=name,
+          on=on,
+          run=run,
+          work=size * count * both / 1e9,
+          unit='G/s',
+          shown=False,
         )
       )
   return found
@@ -254,7 +276,7 @@ def operations(
 def _prepared(name: str, shapes: tensors.Shapes) -> memory.Prepared:
   """One operation in a process of its own: makes weights, runs on them."""
   x = inputs(shapes)
-  entry = next(e for e in entries(shapes, many=False) if e.name == name)
+  entry = next(e for e in entries(shapes) if e.name == name)
   compiled = _compile(entry, shapes, x)
   make = jax.jit(lambda: _zeros(shapes)).lower().compile()
   return make, lambda params: jax.block_until_ready(compiled(params, x))
@@ -277,7 +299,7 @@ def measure(
   }
   todo = floors.operations()
   for on, shapes in sets.items():
-    todo += operations(on, shapes, many=on == 'matrix')
+    todo += operations(on, shapes, () if on == 'matrix' else BRIEF)
   rows = timing.rows(todo, repeats, TARGETS, predictions)
   size = 4 * tensors.entries(sets['transformer'])
   peaks = []

@@ -15,15 +15,12 @@ def matrix(entries: float) -> Shapes:
 
 
 def transformer(entries: float) -> Shapes:
-  """Those of four layers and an embedding."""
-  width = 64 * max(1, math.ceil(math.sqrt(entries / 112) / 64))
+  """Those of one layer and an embedding."""
+  width = 64 * max(1, math.ceil(math.sqrt(entries / 76) / 64))
   shapes: Shapes = {'embed': (64 * width, width), 'norm': (width,)}
-  for i in range(4):
-    for name in ('query', 'key', 'value', 'out'):
-      shapes[f'{i}/{name}'] = (width, width)
-    shapes[f'{i}/up'] = (width, 4 * width)
-    shapes[f'{i}/down'] = (4 * width, width)
-    shapes[f'{i}/norm1'] = shapes[f'{i}/norm2'] = (width,)
+  for name in ('query', 'key', 'value', 'out'):
+    shapes[name] = (width, width)
+  shapes |= {'up': (width, 4 * width), 'down': (4 * width, width)}
   return shapes
 
 

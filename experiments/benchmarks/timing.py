@@ -89,8 +89,8 @@ def rows(
   Args:
     operations: what to time.
     repeats: see `take_turns`.
-    targets: 'cpu' or 'gpu' -> name -> its target.
-    predictions: '{name} on {on}' or name -> the rate that was expected.
+    targets: 'cpu' or 'gpu' -> '{name} on {on}' or name -> its target.
+    predictions: the same -> the rate that was expected.
   """
   taken = take_turns(operations, repeats)
   medians = {key: statistics.median(times) for key, times in taken.items()}
@@ -115,16 +115,21 @@ def rows(
     for rival in operations:
       if rival.on == o.on and rival.name in o.rivals:
         theirs = rival.work / medians[rival.on, rival.name]
-        row['rivals'][rival.name] = {'rate': theirs, 'ours': row['rate'] / theirs}
+        row['rivals'][rival.name] = {
+          'rate': theirs,
+          'ours': row['rate'] / theirs,
+        }
     if o.floor is not None:
       least, why = o.floor(medians)
       row |= {'floor_rate': o.work / least, 'of_floor': least / median}
       row['floor'] = why
-    for name in (f'{o.name} on {o.on}', o.name):
-      if name in predictions and 'predicted' not in row:
-        row['predicted'] = predictions[name]
-    if o.name in mine:
-      kind, value = mine[o.name]
+    names = f'{o.name} on {o.on}', o.name
+    expected = [predictions[name] for name in names if name in predictions]
+    if expected:
+      row['predicted'] = expected[0]
+    wanted = [mine[name] for name in names if name in mine]
+    if wanted:
+      kind, value = wanted[0]
       row['target'] = {'kind': kind, 'value': value}
       if kind in row:
         met = row[kind] <= value if kind == 'seconds' else row[kind] >= value
