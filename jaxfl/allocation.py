@@ -30,7 +30,12 @@ from jaxfl import codecs, grid
 
 ALLOCATIONS = ('bytes', 'compute', 'paper')
 # of the entries of a direction; their variance is 1
-KURTOSIS = {'rademacher': 1.0, 'popcount16': 2.875, 'gaussian': 3.0}
+KURTOSIS = {
+  'rademacher': 1.0,
+  'popcount16': 2.875,
+  'gaussian': 3.0,
+  'walsh': 1.0,
+}
 # Smaller norms are as good as zero, larger ones are not allowed.
 SMALLEST, LARGEST = np.float32(2.0**-100), np.float32(2.0**100)
 

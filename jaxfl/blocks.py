@@ -12,6 +12,10 @@ the k-th of them belongs to `directions[k]`. Slots beyond the last are zero in
 results and ignored in arguments. Counts may be traced: one program serves all
 of them.
 
+'walsh' directions are those of one pool, in order: `directions[k]` is (pool, k).
+All of a block's cost one pass over it. Blocks of tensors that have no whole Walsh
+block of 32 x 128 entries have independent signs.
+
   * `partition`: the blocks of a pytree.
   * `norms`: those of a difference, by block.
   * `project`: the inner products of a difference with its blocks' directions.
@@ -27,11 +31,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import checks, keys
+from jaxfl import checks, keys, perturb
 from jaxfl import typing as jt
-from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  tiles,
+  walsh,  # pyright: ignore[reportMissingImports]
+  xla,
+)
 
 _GROUP = 64  # rows that share a word of the field
+_WALSH = walsh.COLUMNS
 
 
 class Block(NamedTuple):
@@ -50,16 +59,20 @@ class Block(NamedTuple):
     return math.prod(self.shape)
 
 
-def partition(params: jt.Params, *, max_size: int) -> tuple[Block, ...]:
+def partition(
+  params: jt.Params, *, max_size: int, distribution: str = 'rademacher'
+) -> tuple[Block, ...]:
   """Cuts every tensor into blocks of at most `max_size` entries.
 
   Larger tensors are cut between rows, at multiples of 64, into nearly equal
   parts; and between columns, if 64 rows (or all, if there are fewer) have more
-  entries than that.
+  entries than that. For 'walsh' columns are cut at multiples of 128, so that a
+  block may have 64 x 128 entries where `max_size` is smaller.
 
   Args:
     params: pytree of arrays, or of `jax.ShapeDtypeStruct`.
     max_size: at least 64.
+    distribution: of the directions.
 
   Returns:
     Blocks in the order of the leaves, then of rows, then of columns. Every
@@ -78,8 +91,9 @@ def partition(params: jt.Params, *, max_size: int) -> tuple[Block, ...]:
       continue
     groups = max_size // (height * cols)  # of 64 rows
     width = cols if groups else max_size // height
+    unit = _WALSH if distribution == 'walsh' else 1
     for row, h in _cuts(rows, max(groups, 1), _GROUP):
-      for col, w in _cuts(cols, width, 1):
+      for col, w in _cuts(cols, max(width // unit, 1), unit):
         blocks.append(Block(path, (row, col), (h, w)))
   return tuple(blocks)
 
@@ -135,8 +149,8 @@ def project(
     delta: pytree of floating-point arrays.
     blocks: from `partition` of a pytree of the same paths and shapes.
     counts: int32[L], one per block; their sum is at most N.
-    directions: uint32[N, 2].
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    directions: uint32[N, 2], or [N, 3] for 'walsh'.
+    distribution: 'rademacher', 'popcount16', 'gaussian' or 'walsh'.
 
   Returns:
     float32[N], summed in float32 over rows and then over columns, whatever the
@@ -147,20 +161,25 @@ def project(
     TypeError: if `delta` is not floating-point (the path is named) or the
       directions are not uint32.
   """
-  checks.distribution(distribution, xla.DISTRIBUTIONS)
-  directions = checks.key('directions', directions, '[N, 2]')
+  directions = perturb.checked('directions', directions, distribution, 'N, ')
   counts = _counts(counts, (len(blocks),))
   leaves = checks.named_arrays(delta)
   ends = jnp.cumsum(counts)
   spans = jnp.stack([ends - counts, ends], axis=1)
   out = jnp.zeros(len(directions), jnp.float32)
   for path, mine in _by_tensor(blocks, leaves).items():
-    out += tiles.project(
-      _view(leaves[path]),
-      keys.leaf_key(directions, path),
-      _plan(blocks, mine, spans),
-      distribution=distribution,
-    )
+    x, plan = _view(leaves[path]), _plan(blocks, mine, spans)
+    if _is_walsh(x, distribution):
+      out += walsh.project_blocks(
+        x,
+        _pool_keys(directions, path),
+        plan._replace(tiled=False),
+        len(out),
+        looped=plan.tiled,
+      )
+    else:
+      field = _field(directions, path, x, distribution)
+      out += tiles.project(x, field.keys, plan, distribution=field.distribution)
   return out
 
 
@@ -179,34 +198,35 @@ def reconstruct(
     params_like: pytree of arrays or of `jax.ShapeDtypeStruct`, for its shapes.
     blocks: from `partition`.
     counts: int32[C, L], for each of C parties; sums are at most N.
-    directions: uint32[C, N, 2].
+    directions: uint32[C, N, 2], or [C, N, 3] for 'walsh'.
     coefficients: float32[C, N], in slots.
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: 'rademacher', 'popcount16', 'gaussian' or 'walsh'.
 
   Returns:
     Pytree of float32. One float32 add per direction, parties in order and k
-    ascending, starting from zero: the same bits on every device, except for
-    'gaussian'.
+    ascending, starting from zero; for 'walsh' one per party, of the transformed
+    coefficients. The same bits on every device, except for 'gaussian'.
 
   Raises:
     ValueError: if the distribution is unknown, or a block or a shape is wrong.
     TypeError: if the directions are not uint32.
   """
-  checks.distribution(distribution, xla.DISTRIBUTIONS)
   like = jax.tree.map(
     lambda x: jnp.zeros(np.shape(x), jnp.float32), params_like
   )
   coefficients = jnp.asarray(coefficients, jnp.float32)
-  packed = _pack(blocks, counts, directions, coefficients)
+  packed = _pack(blocks, counts, directions, coefficients, distribution)
   leaves = checks.named_arrays(like)
   for path, mine in _by_tensor(blocks, leaves).items():
-    new = tiles.add(
-      _view(leaves[path]),
-      keys.leaf_key(packed.directions, path),
-      packed.values,
-      _plan(blocks, mine, packed.spans),
-      distribution=distribution,
-    )
+    x = _view(leaves[path])
+    if _is_walsh(x, distribution):
+      new = walsh.add_parties(x, *packed.parties(path, blocks, mine))
+    else:
+      field = _field(packed.directions, path, x, distribution)
+      plan = _plan(blocks, mine, packed.spans)
+      new = tiles.add(
+        x, field.keys, packed.values, plan, distribution=field.distribution
+      )
     leaves[path] = new.reshape(leaves[path].shape)
   return jax.tree.structure(like).unflatten(leaves.values())
 
@@ -228,10 +248,10 @@ def add_units(
     exponents: pytree like `params` of int32[]; |e| <= 100.
     blocks: from `partition`.
     counts: int32[C, L], for each of C parties; sums are at most N.
-    directions: uint32[C, N, 2].
+    directions: uint32[C, N, 2], or [C, N, 3] for 'walsh'.
     units: int32[C, N], in slots: multiples of 2**-e of the block's tensor, and
       for 'popcount16' of half of that.
-    distribution: 'rademacher' or 'popcount16'.
+    distribution: 'rademacher', 'popcount16' or 'walsh'.
 
   Returns:
     (params, overflow) as `perturb.replay_int` has them. The sum over |units|
@@ -245,7 +265,8 @@ def add_units(
   """
   checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
   leaves = checks.named_arrays(params)
-  packed = _pack(blocks, counts, directions, checks.as_int32('units', units))
+  units = checks.as_int32('units', units)
+  packed = _pack(blocks, counts, directions, units, distribution)
   treedef = jax.tree.structure(params)
   by_tensor = _by_tensor(blocks, leaves)
   # one block after the other: all at once would need L * C * N entries
@@ -258,15 +279,20 @@ def add_units(
 
   def leaf(path, w, e):
     *scale, overflow = checks.grid_scale(path, w, e)
-    mine = by_tensor.get(path, [])
-    new, fits = tiles.add_units(
-      _view(w),
-      scale,
-      keys.leaf_key(packed.directions, path),
-      packed.values,
-      _plan(blocks, mine, packed.spans),
-      distribution=distribution,
-    )
+    x, mine = _view(w), by_tensor.get(path, [])
+    if _is_walsh(x, distribution):
+      parties = packed.parties(path, blocks, mine)
+      new, fits = walsh.add_parties_units(x, scale, *parties)
+    else:
+      field = _field(packed.directions, path, x, distribution)
+      new, fits = tiles.add_units(
+        x,
+        scale,
+        field.keys,
+        packed.values,
+        _plan(blocks, mine, packed.spans),
+        distribution=field.distribution,
+      )
     overflow |= ~fits | jnp.any(too_large[np.array(mine, int)])
     return new.reshape(w.shape), overflow
 
@@ -282,9 +308,18 @@ class _Packed(NamedTuple):
   """What all parties add, ordered by block, then party, then k."""
 
   block: jax.Array  # int32[C * N], L if not used
-  directions: jax.Array  # uint32[C * N, 2]
+  directions: jax.Array  # uint32[C * N, 2 or 3]
   values: jax.Array  # [C * N]
   spans: jax.Array  # int32[L, 2]: where those of a block begin and end
+  pools: jax.Array  # of Walsh directions: those of every party
+  by_party: jax.Array  # [C, N], values in slots
+  party_spans: jax.Array  # int32[L, C, 2]: where those of a party are
+
+  def parties(self, path, blocks, mine):
+    """For `walsh.add_parties`: the parties, and the plan of one tensor."""
+    pool_keys = jax.vmap(lambda pool: _pool_keys(pool, path))(self.pools)
+    plan = _plan(blocks, mine, self.party_spans)._replace(tiled=False)
+    return walsh.Parties(pool_keys, self.by_party), plan
 
 
 def slots(counts: jt.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
@@ -305,9 +340,9 @@ def slots(counts: jt.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:
   return block, index - starts[block]
 
 
-def _pack(blocks, counts, directions, values) -> _Packed:
-  directions = checks.key('directions', directions, '[C, N, 2]')
-  num_parties, num_slots, _ = directions.shape
+def _pack(blocks, counts, directions, values, distribution) -> _Packed:
+  directions = perturb.checked('directions', directions, distribution, 'C, N, ')
+  num_parties, num_slots, words = directions.shape
   counts = _counts(counts, (num_parties, len(blocks)))
   if values.shape != (num_parties, num_slots):
     raise ValueError(
@@ -316,15 +351,34 @@ def _pack(blocks, counts, directions, values) -> _Packed:
     )
   block, k = jax.vmap(slots, (0, None))(counts, num_slots)
   order = jnp.argsort(block.reshape(-1), stable=True)
-  directions = jnp.take_along_axis(directions, k[..., None], axis=1)
-  totals = jnp.sum(counts, axis=0)
-  ends = jnp.cumsum(totals)
+  own = jnp.take_along_axis(directions, k[..., None], axis=1)
+  spans_of = lambda counts: jnp.stack(
+    [jnp.cumsum(counts) - counts, jnp.cumsum(counts)], axis=1
+  )
   return _Packed(
     block=block.reshape(-1)[order],
-    directions=directions.reshape(-1, 2)[order],
+    directions=own.reshape(-1, words)[order],
     values=values.reshape(-1)[order],
-    spans=jnp.stack([ends - totals, ends], axis=1),
+    spans=spans_of(jnp.sum(counts, axis=0)),
+    pools=directions,
+    by_party=values,
+    party_spans=jax.vmap(spans_of, out_axes=1)(counts),
   )
+
+
+def _pool_keys(directions, path):
+  """uint32[P, 4], of the pools of directions (pool, 0), (pool, 1) ..."""
+  numbers = np.arange(walsh.num_pools(len(directions)))
+  return perturb.walsh_keys(directions[0, :2], numbers, path)
+
+
+def _is_walsh(x, distribution):
+  return distribution == 'walsh' and not walsh.is_small(x.shape)
+
+
+def _field(directions, path, x, distribution):
+  (field,) = perturb.leaf_fields(directions, {path: x}, distribution)
+  return field
 
 
 def _plan(blocks, mine, spans):

@@ -36,8 +36,11 @@ import numpy as np
 
 from jaxfl import checks, keys
 from jaxfl import typing as jt
-from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
-from jaxfl.kernels import walsh  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  tiles,
+  walsh,  # pyright: ignore[reportMissingImports]
+  xla,
+)
 
 # of fields whose directions have nothing to do with each other
 DISTRIBUTIONS = tuple(name for name in xla.DISTRIBUTIONS if name != 'walsh')
@@ -49,15 +52,18 @@ FIELD_UNIT = {
 }
 
 
-def pool_keys(pool: jax.Array, number: jt.Array) -> tuple[jax.Array, jax.Array]:
-  """Directions uint32[..., 2] of the fields and of the shifts of Walsh pools.
+def walsh_keys(pool: jax.Array, number: jt.Array, path: str) -> jax.Array:
+  """The keys of a Walsh pool on a tensor, uint32[..., 4].
 
   Args:
     pool: uint32[..., 2].
-    number: of the pool, integers [...]: every 4096 seeds have another.
+    number: integers [...] that broadcast; every 4096 seeds have another.
+    path: the tensor's.
   """
-  of = lambda name: keys.fold(keys.stream(pool, name), number)
-  return of('walsh'), of('walsh shifts')
+  of = lambda name: keys.fold(
+    keys.stream(pool, name), number, keys.tensor_id(path)
+  )
+  return jnp.concatenate([of('walsh'), of('walsh shifts')], axis=-1)
 
 
 class Leaf(NamedTuple):
@@ -78,17 +84,16 @@ def leaf_fields(
   if distribution != 'walsh':
     leaf_keys = _leaf_keys(directions, leaves)
     return [Leaf(distribution, key) for key in leaf_keys]
-  pool, k = directions[..., :2], directions[..., 2]
-  field, shift = pool_keys(pool, k // np.uint32(walsh.SIZE))
-  k = (k % np.uint32(walsh.SIZE))[..., None]
+  pool, seed = directions[..., :2], directions[..., 2]
+  number, k = seed // np.uint32(walsh.SIZE), seed % np.uint32(walsh.SIZE)
   found = []
   for path, x in leaves.items():
     if walsh.is_small(x.shape):
-      leaf = keys.leaf_key(keys.fold(pool, directions[..., 2]), path)
+      leaf = keys.leaf_key(keys.fold(pool, seed), path)
       found.append(Leaf('rademacher', leaf))
-      continue
-    words = [keys.leaf_key(field, path), keys.leaf_key(shift, path), k]
-    found.append(Leaf('walsh', jnp.concatenate(words, axis=-1)))
+    else:
+      words = [walsh_keys(pool, number, path), k[..., None]]
+      found.append(Leaf('walsh', jnp.concatenate(words, axis=-1)))
   return found
 
 
@@ -99,7 +104,7 @@ def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
   return list(keys.fold(directions[None], ids))
 
 
-def _checked(name: str, directions: jt.Array, distribution: str, axes: str):
+def checked(name: str, directions: jt.Array, distribution: str, axes: str):
   """The directions, if the distribution is known and their shape fits it."""
   checks.distribution(distribution, xla.DISTRIBUTIONS)
   words = 3 if distribution == 'walsh' else 2
@@ -150,7 +155,7 @@ def field(
     ValueError: if the distribution is unknown or the direction's shape wrong.
     TypeError: if the direction is not uint32.
   """
-  direction = _checked('direction', direction, distribution, '')
+  direction = checked('direction', direction, distribution, '')
   like = {path: jax.ShapeDtypeStruct(shape, jnp.float32)}
   ((name, key),) = leaf_fields(direction, like, distribution)
   return xla.field(key, tuple(shape), offset, distribution=name)
@@ -182,7 +187,7 @@ def perturb(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the direction is not uint32.
   """
-  direction = _checked('direction', direction, distribution, '')
+  direction = checked('direction', direction, distribution, '')
   scale = jnp.asarray(scale, jnp.float32)
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
@@ -224,7 +229,7 @@ def replay(
     TypeError: if a parameter is not of a floating type (the path is named) or
       the directions are not uint32.
   """
-  directions = _checked('directions', directions, distribution, 'K, ')
+  directions = checked('directions', directions, distribution, 'K, ')
   coefficients = jnp.asarray(coefficients, jnp.float32)
   if coefficients.shape != directions.shape[:1]:
     raise ValueError(
@@ -286,7 +291,7 @@ def replay_int(
       is named), or directions are not uint32.
   """
   checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
-  directions = _checked('directions', directions, distribution, 'K, ')
+  directions = checked('directions', directions, distribution, 'K, ')
   leaves = checks.named_arrays(params)
   treedef = jax.tree.structure(params)
 
@@ -346,7 +351,7 @@ def project(
     TypeError: if an array is not of a floating type (the path is named) or the
       directions are not uint32.
   """
-  directions = _checked('directions', directions, distribution, 'K, ')
+  directions = checked('directions', directions, distribution, 'K, ')
   leaves = checks.named_arrays(delta)
   total = jnp.zeros(len(directions), jnp.float32)
   fields = leaf_fields(directions, leaves, distribution)
@@ -355,3 +360,47 @@ def project(
     x, plan = _whole(x, len(directions), name, tiled)
     total += tiles.project(x, field.keys, plan, distribution=name)
   return total
+
+
+def replay_pool(
+  params: jt.Params, pool: jax.Array, units: jt.Params, exponents: jt.Params
+) -> tuple[jt.Params, jt.Params]:
+  """`replay_int` with all seeds of a Walsh pool, in one pass whatever K is.
+
+  Args:
+    params: pytree of float32 arrays on their grids; none is small (as
+      `is_small` says).
+    pool: uint32[2].
+    units: pytree like `params` of int32[K], of the directions (pool, k).
+    exponents: pytree like `params` of int32[]; |e| <= 100.
+
+  Returns:
+    (params, overflow), as `replay_int`, with the same bits.
+  """
+  leaves = checks.named_arrays(params)
+  treedef = jax.tree.structure(params)
+
+  def leaf(path, w, unit, e):
+    *scale, overflow = checks.grid_scale(path, w, e)
+    numbers = np.arange(walsh.num_pools(len(unit)))
+    x, fits = walsh.add_units(
+      w.reshape(xla.view(w.shape)),
+      scale,
+      walsh_keys(pool, numbers, path),
+      walsh.by_pool(unit),
+    )
+    overflow |= ~fits | tiles.sum_exceeds(unit, 'walsh')
+    return x.reshape(w.shape), overflow
+
+  units = treedef.flatten_up_to(units)
+  exponents = treedef.flatten_up_to(exponents)
+  new = list(map(leaf, leaves, leaves.values(), units, exponents))
+  return (
+    treedef.unflatten([w for w, _ in new]),
+    treedef.unflatten([overflow for _, overflow in new]),
+  )
+
+
+def is_small(shape: tuple[int, ...]) -> bool:
+  """Whether a tensor has no whole Walsh block, so that its fields are signs."""
+  return walsh.is_small(shape)

@@ -1,6 +1,6 @@
 """Weights as a base and one coordinate per seed of a fixed pool.
 
-    w = base_scale * base + sum_k coordinates_k z_k,    z_k = direction(root, k)
+    w = base_scale * base + sum_k coordinates_k z_k
 
 (FedKSeed, Qin et al., ICML 2024, https://arxiv.org/abs/2312.06353, eq. 7-8.)
 Coordinates are integers in units of 2**-q, q finer than the grid of every
@@ -9,13 +9,19 @@ coordinate rounded to its own grid, to nearest. The weights are then a function
 of the coordinates alone: a rebuild in one pass from the base, and the sequence
 of all steps since, give the same bits. (A sum in one pass can leave int32 where
 the steps one by one don't; that is reported, never silent.)
+
+A pool is independent directions of one distribution, or 'walsh': orthogonal
+signs (`jaxfl.kernels.walsh`), all 4096 of which cost one pass over a tensor,
+where the others cost one for each.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import grid, keys, perturb
+from jaxfl import checks, grid, keys, perturb
 from jaxfl import typing as jt
 from jaxfl.master import Master
 
@@ -32,9 +38,25 @@ def index_dtype(num_seeds: int) -> np.dtype:
   return np.min_scalar_type(num_seeds - 1)
 
 
-def directions(root: jax.Array, indices: jt.Array) -> jax.Array:
-  """uint32[..., 2], the directions of the seeds `indices` [...]."""
-  return keys.fold(root, indices)
+def directions(
+  root: jax.Array, indices: jt.Array, distribution: str
+) -> jax.Array:
+  """The directions of seeds of a pool, for `jaxfl.perturb` and `blocks`.
+
+  Args:
+    root: uint32[..., 2].
+    indices: integers [...] that broadcast with `root[..., 0]`.
+    distribution: of the directions.
+
+  Returns:
+    uint32[..., 2], or for 'walsh' uint32[..., 3]: the root and the index.
+  """
+  if distribution != 'walsh':
+    return keys.fold(root, indices)
+  indices = jnp.asarray(indices).astype(jnp.uint32)
+  shape = np.broadcast_shapes(root.shape[:-1], indices.shape)
+  index = jnp.broadcast_to(indices, shape)[..., None]
+  return jnp.concatenate([jnp.broadcast_to(root, (*shape, 2)), index], axis=-1)
 
 
 def exponent(exponents: jt.Params) -> jax.Array:
@@ -101,29 +123,57 @@ def step(
 
   Args:
     master: grid weights at `old`.
-    pool: uint32[K, 2], the directions.
+    pool: the directions of the seeds 0 to K, see `directions`.
     old: int32[K].
     new: int32[K]; at most `max_changes` entries differ from `old`.
-    max_changes: the cost is that of so many directions, at most K.
+    max_changes: the cost is that of so many directions, at most K; or of one
+      for the tensors that have Walsh blocks.
     distribution: one of `DISTRIBUTIONS`.
   """
-  num_seeds = len(pool)
-  if max_changes < num_seeds:
-    (changed,) = jnp.nonzero(new != old, size=max_changes, fill_value=num_seeds)
-    old, new = (
-      x.at[changed].get(mode='fill', fill_value=0) for x in (old, new)
-    )
-    pool = pool.at[changed].get(mode='clip')
   params, exponents, overflow = master
   before, after = (units(x, exponents, distribution) for x in (old, new))
-  params, left = perturb.replay_int(
-    params,
-    pool,
-    jax.tree.map(jnp.subtract, after, before),
-    exponents,
-    distribution=distribution,
+  leaves = checks.named_arrays(params)
+  flat = lambda tree: dict(zip(leaves, jax.tree.leaves(tree), strict=True))
+  change = flat(jax.tree.map(jnp.subtract, after, before))
+  exponents, overflow = flat(exponents), flat(overflow)
+
+  def apply(replay, pool, chosen, of_seeds):
+    """Steps the tensors `chosen`."""
+    some = lambda flat: {path: flat[path] for path in chosen}
+    moved, left = replay(
+      some(leaves),
+      pool,
+      jax.tree.map(of_seeds, some(change)),
+      some(exponents),
+    )
+    for path in chosen:
+      leaves[path] = moved[path]
+      overflow[path] |= left[path]
+
+  at_once = [
+    path
+    for path, w in leaves.items()
+    if distribution == 'walsh' and not perturb.is_small(w.shape)
+  ]
+  one_by_one = [path for path in leaves if path not in at_once]
+  if at_once:
+    apply(perturb.replay_pool, pool[0, :2], at_once, lambda unit: unit)
+  if one_by_one:
+    changed = jnp.arange(len(pool))
+    if max_changes < len(pool):
+      (changed,) = jnp.nonzero(
+        new != old, size=max_changes, fill_value=len(pool)
+      )
+    apply(
+      functools.partial(perturb.replay_int, distribution=distribution),
+      pool.at[changed].get(mode='clip'),
+      one_by_one,
+      lambda unit: unit.at[changed].get(mode='fill', fill_value=0),
+    )
+  unflatten = jax.tree.structure(params).unflatten
+  return Master(
+    unflatten(leaves.values()), master.exponents, unflatten(overflow.values())
   )
-  return Master(params, exponents, jax.tree.map(jnp.logical_or, overflow, left))
 
 
 def rebuild(

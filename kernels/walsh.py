@@ -17,14 +17,16 @@ integers are exact. The key of a pool on a tensor is uint32[4]: a leaf key, and
 that of the shifts.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import custom_batching, lax
 from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
 SIZE = 4096  # directions under one key
-_ROWS, _COLS = xla.BLOCK
+ROWS, COLUMNS = xla.BLOCK
 
 
 def transform(x: jax.Array) -> jax.Array:
@@ -40,10 +42,20 @@ def transform(x: jax.Array) -> jax.Array:
   return lax.fori_loop(0, SIZE.bit_length() - 1, step, x)
 
 
+def num_pools(count: int) -> int:
+  """P, of pools that have so many seeds."""
+  return -(-count // SIZE)
+
+
+def by_pool(x: jax.Array) -> jax.Array:
+  """Values [K] of seeds as [P, 4096], filled up with zeros."""
+  return jnp.pad(x, (0, -len(x) % SIZE)).reshape(-1, SIZE)
+
+
 def is_small(shape: tuple[int, ...]) -> bool:
   """Whether a tensor has no whole block, and so no Walsh directions."""
   rows, cols = xla.view(shape)
-  return rows < _ROWS or cols < _COLS
+  return rows < ROWS or cols < COLUMNS
 
 
 def spread(table, key, shape, offset):
@@ -60,77 +72,88 @@ def spread(table, key, shape, offset):
   """
   rows, cols = shape
   row, col = xla.position(offset)
-  groups, width = -(-rows // 64), -(-cols // _COLS)
+  groups, width = -(-rows // 64), -(-cols // COLUMNS)
   group = row // np.uint32(64)
   words = xla.hashes(key[:2], groups, cols, group, col)
   minus = xla.expand_signs(words).reshape(-1, cols)[:rows] != 0
   t, s = _shifts(key, groups, width, row, col)
   place = lambda axis: lax.broadcasted_iota(
-    jnp.uint32, (2 * groups, _ROWS, width, _COLS), axis
+    jnp.uint32, (2 * groups, ROWS, width, COLUMNS), axis
   )
-  r = (place(1) + t[:, None, :, None]) & np.uint32(_ROWS - 1)
-  c = (place(3) + s[:, None, :, None]) & np.uint32(_COLS - 1)
-  g = (r * np.uint32(_COLS) + c).reshape(-1, width * _COLS)[:rows, :cols]
+  r = (place(1) + t[:, None, :, None]) & np.uint32(ROWS - 1)
+  c = (place(3) + s[:, None, :, None]) & np.uint32(COLUMNS - 1)
+  g = (r * np.uint32(COLUMNS) + c).reshape(-1, width * COLUMNS)[:rows, :cols]
   # in bounds by construction: no check per entry
   value = table.at[g.astype(jnp.int32)].get(mode='promise_in_bounds')
   return jnp.where(minus, -value, value)
 
 
 def _shifts(key, groups, width, row, col):
-  first, left = row // np.uint32(_ROWS), col // np.uint32(_COLS)
+  first, left = row // np.uint32(ROWS), col // np.uint32(COLUMNS)
   return xla.shifts(key[2:4], 2 * groups, width, first, left)
 
 
-def add(w, key, coefficients, offset=(0, 0)):
-  """`w + sum_k c_k z_k`, with one rounded add per entry; see `spread`.
+def add(w, keys, coefficients, offset=(0, 0)):
+  """`w + sum_k c_k z_k`, one rounded add per entry and pool; see `spread`.
 
   Args:
     w: float32[R, C].
-    key: uint32[4].
-    coefficients: float32[4096], summed in the order of `transform`.
+    keys: uint32[P, 4], of P pools.
+    coefficients: float32[P, 4096], summed in the order of `transform`.
     offset: as for `spread`.
   """
-  return w + spread(transform(coefficients), key, w.shape, offset)
+  for key, c in zip(keys, coefficients, strict=True):
+    w = w + spread(transform(c), key, w.shape, offset)
+  return w
 
 
-def add_units(w, scale, key, units, offset=(0, 0)):
-  """`tiles.add_units` of the whole pool: exact.
+def add_units(w, scale, keys, units, offset=(0, 0)):
+  """`tiles.add_units` of whole pools: exact.
 
   Args:
     w: float32[R, C], multiples of 1 / scale[0].
     scale: a power of two and its inverse, float32[] each.
-    key: uint32[4].
-    units: int32[4096]; ask `tiles.sum_exceeds`.
+    keys: uint32[P, 4], of P pools.
+    units: int32[P, 4096]; ask `tiles.sum_exceeds`.
     offset: as for `spread`.
 
   Returns:
     An array like `w`, and bool[]: all entries were and are on the grid.
   """
-  total = lambda old: old + spread(transform(units), key, w.shape, offset)
+
+  def total(old):
+    for key, unit in zip(keys, units, strict=True):
+      old = old + spread(transform(unit), key, w.shape, offset)
+    return old
+
   return tiles.on_grid(w, scale, total)
 
 
-def project(x, key, offset=(0, 0), *, looped: bool):
-  """The products `<z_k, x>` with all directions: float32[4096].
+def project(x, keys, offset=(0, 0), *, looped: bool):
+  """The products `<z_k, x>` with all directions of pools.
 
   Args:
     x: float[R, C].
-    key: uint32[4].
+    keys: uint32[P, 4], of P pools.
     offset: as for `spread`.
     looped: visit block after block, for a CPU, and not all at once.
 
   Returns:
-    float32[4096], up to rounding.
+    float32[P * 4096], up to rounding.
   """
   x = x.astype(jnp.float32)
-  x = jnp.pad(x, [(0, -n % m) for n, m in zip(x.shape, (64, _COLS), strict=True)])
+  pads = [(0, -n % m) for n, m in zip(x.shape, (64, COLUMNS), strict=True)]
+  x = jnp.pad(x, pads)
   rows, cols = x.shape
   row, col = xla.position(offset)
-  groups, width = rows // 64, cols // _COLS
-  words = xla.hashes(key[:2], groups, cols, row // np.uint32(64), col)
-  t, s = _shifts(key, groups, width, row, col)
+  groups, width = rows // 64, cols // COLUMNS
   sums = _visit if looped else _gather
-  return transform(sums(x, words.reshape(-1, cols), t, s).reshape(-1))
+  tables = []
+  for key in keys:
+    words = xla.hashes(key[:2], groups, cols, row // np.uint32(64), col)
+    t, s = _shifts(key, groups, width, row, col)
+    tables.append(sums(x, words.reshape(-1, cols), t, s).reshape(-1))
+  return transform(jnp.stack(tables)).reshape(-1)
 
 
 def _signed(x, words):
@@ -139,6 +162,8 @@ def _signed(x, words):
   return jnp.where((words >> place) & np.uint32(1) != 0, -x, x)
 
 
+# with shifts of its own for each of a batch, slices would become gathers
+@custom_batching.sequential_vmap
 def _visit(x, words, t, s):
   """Adds every block to a table that is twice as high and wide."""
   height, width = t.shape
@@ -146,30 +171,110 @@ def _visit(x, words, t, s):
 
   def block(n, table):
     i, j = n // width, n % width
-    part = lax.dynamic_slice(x, (i * _ROWS, j * _COLS), xla.BLOCK)
-    word = lax.dynamic_slice(words, (i, j * _COLS), (1, _COLS))
+    part = lax.dynamic_slice(x, (i * ROWS, j * COLUMNS), xla.BLOCK)
+    word = lax.dynamic_slice(words, (i, j * COLUMNS), (1, COLUMNS))
     at = t[i, j], s[i, j]
     part = _signed(part, word) + lax.dynamic_slice(table, at, xla.BLOCK)
     return lax.dynamic_update_slice(table, part, at)
 
-  table = jnp.zeros((2 * _ROWS, 2 * _COLS), jnp.float32)
+  table = jnp.zeros((2 * ROWS, 2 * COLUMNS), jnp.float32)
   table = lax.fori_loop(0, height * width, block, table)
-  table = table[:_ROWS] + table[_ROWS:]
-  return table[:, :_COLS] + table[:, _COLS:]
+  table = table[:ROWS] + table[ROWS:]
+  return table[:, :COLUMNS] + table[:, COLUMNS:]
 
 
 def _gather(x, words, t, s):
   """Turns all blocks back, then adds them."""
   height, width = t.shape
   place = lambda axis: lax.broadcasted_iota(
-    jnp.uint32, (height, width, _ROWS, _COLS), axis
+    jnp.uint32, (height, width, ROWS, COLUMNS), axis
   )
-  r = (place(2) - t[:, :, None, None]) & np.uint32(_ROWS - 1)
-  c = (place(3) - s[:, :, None, None]) & np.uint32(_COLS - 1)
-  c = place(1) * np.uint32(_COLS) + c
-  take = lambda a, row: a.at[
-    row.astype(jnp.int32), c.astype(jnp.int32)
-  ].get(mode='promise_in_bounds')
-  value = take(x, place(0) * np.uint32(_ROWS) + r)
+  r = (place(2) - t[:, :, None, None]) & np.uint32(ROWS - 1)
+  c = (place(3) - s[:, :, None, None]) & np.uint32(COLUMNS - 1)
+  c = place(1) * np.uint32(COLUMNS) + c
+  take = lambda a, row: a.at[row.astype(jnp.int32), c.astype(jnp.int32)].get(
+    mode='promise_in_bounds'
+  )
+  value = take(x, place(0) * np.uint32(ROWS) + r)
   minus = (take(words, place(0)) >> r) & np.uint32(1) != 0
   return jnp.sum(jnp.sum(jnp.where(minus, -value, value), axis=0), axis=0)
+
+
+class Parties(NamedTuple):
+  """What several parties add to blocks, each from pools of its own."""
+
+  keys: jax.Array  # uint32[C, P, 4]
+  values: jax.Array  # [C, N]; those of a block are a part that its span has
+
+  def sum(self, part, tile):
+    """`part` plus what all parties add to it; the tile's span is [C, 2]."""
+
+    def step(c, part):
+      start, stop = tile.span[c, 0], tile.span[c, 1]
+      mine = jnp.roll(self.values[c], -start)
+      mine = jnp.where(np.arange(len(mine)) < stop - start, mine, 0)
+      for key, x in zip(self.keys[c], by_pool(mine), strict=True):
+        part = part + spread(transform(x), key, part.shape, tile.offset)
+      return part
+
+    return lax.fori_loop(0, len(self.keys), step, part)
+
+
+def add_parties(w, parties: Parties, plan):
+  """`w` plus what the parties add, one rounded add for each pool, in order.
+
+  Args:
+    w: float32[R, C].
+    parties: with values of float32.
+    plan: a `tiles.Plan` that is not tiled, whose spans are int[n, C, 2].
+  """
+
+  def visit(w, tile):
+    return tile.write(w, parties.sum(tile.read(w), tile))
+
+  return tiles.fold(visit, w, plan)
+
+
+def add_parties_units(w, scale, parties: Parties, plan):
+  """The same on grid weights, exactly; see `tiles.add_units`.
+
+  Args:
+    w: float32[R, C].
+    scale: a power of two and its inverse, float32[] each.
+    parties: with values of int32.
+    plan: as for `add_parties`.
+
+  Returns:
+    An array like `w`, and bool[]: all entries were and are on the grid.
+  """
+
+  def visit(carry, tile):
+    w, fits = carry
+    total = lambda old: parties.sum(old, tile)
+    part, fit = tiles.on_grid(tile.read(w), scale, total)
+    return tile.write(w, part), fits & fit
+
+  return tiles.fold(visit, (w, jnp.ones((), bool)), plan)
+
+
+def project_blocks(x, keys, plan, count: int, *, looped: bool):
+  """The products of every rectangle with the first of the directions.
+
+  Args:
+    x: float[R, C].
+    keys: uint32[P, 4], of P pools.
+    plan: a `tiles.Plan` that is not tiled; its spans say where products go.
+    count: M, of results.
+    looped: as for `project`.
+
+  Returns:
+    float32[M], zero outside of the spans.
+  """
+  index = np.arange(count)
+
+  def visit(out, tile):
+    start, stop = tile.span[0], tile.span[1]
+    y = project(tile.read(x), keys, tile.offset, looped=looped)[:count]
+    return out + jnp.roll(jnp.where(index < stop - start, y, 0.0), start)
+
+  return tiles.fold(visit, jnp.zeros(count, jnp.float32), plan)

@@ -80,3 +80,20 @@ def perturb(w, direction, path, scale, distribution):
   """`w + scale * z` in float32, product and sum rounded separately."""
   z = field(direction, path, w.shape, distribution)
   return w + np.float32(scale) * z
+
+
+def walsh(pool, seed, path, shape):
+  """Direction `seed` of a Walsh pool: int64[rows, cols]."""
+  r, c = _positions(shape, (0, 0))
+  if len(r) < 32 or c.size < 128:
+    return 1 - 2 * sign_bits(leaf_key(fold(pool, seed), path), shape)
+  tensor = lambda name: leaf_key(fold(_stream(pool, name), seed // 4096), path)
+  t, s = threefry(tensor('walsh shifts'), r // 32, c // 128)
+  g = 128 * ((r + t) % 32) + (c + s) % 128
+  odd = np.bitwise_count(seed % 4096 & g) % 2
+  return (1 - 2 * sign_bits(tensor('walsh'), shape)) * (1 - 2 * odd.astype(int))
+
+
+def _stream(key, name):
+  digest = hashlib.sha256(name.encode()).digest()
+  return fold(key, int.from_bytes(digest[:4], 'big') | 1 << 31)

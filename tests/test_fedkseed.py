@@ -45,15 +45,16 @@ def step(method, state, ids, round=0):
   return messages, programs.server(state, messages, cohort)
 
 
-def pool_of(num_seeds):
-  return pool.directions(ROOT, np.arange(num_seeds))
+def pool_of(num_seeds, distribution='rademacher'):
+  return pool.directions(ROOT, np.arange(num_seeds), distribution)
 
 
 @pytest.mark.parametrize('distribution', pool.DISTRIBUTIONS)
 def test_rebuild_equals_the_sequence_of_steps(distribution):
-  base = master.init(table.params())
-  seeds = pool_of(32)
   rng = np.random.default_rng(0)
+  shapes = {'small': (3, 5), 'ragged': (70, 131)}  # without and with blocks
+  base = master.init({k: rng.normal(size=s) for k, s in shapes.items()})
+  seeds = pool_of(32, distribution)
   held, at = base, jnp.zeros(32, jnp.int32)
   for _ in range(5):
     amounts = rng.integers(-(2**24), 2**24, 7, dtype=np.int32)

@@ -69,7 +69,8 @@ def test_first_message_is_the_clipped_mean(name):
     state = method.init(problem.params())
     u = keys.uniform(keys.fold(keys.stream(base, 'seeds'), jnp.arange(4)))
     assert int(state.round) == 0
-    direction = fedkseed.pool.directions(ROOT, jnp.floor(u * 64).astype(int))[0]
+    index = jnp.floor(u * 64).astype(int)[0]
+    direction = fedkseed.pool.directions(ROOT, index, 'rademacher')
   z = np.asarray(
     spsa.perturb.perturb(
       {'w': jnp.zeros(5)}, direction, jnp.float32(1.0),

@@ -55,7 +55,9 @@ def floats(coordinates: np.ndarray, seed: int) -> dict[str, float]:
   """
   rng = np.random.default_rng([seed, 4])
   base = rng.normal(0, WEIGHT_STD, SHAPE).astype(np.float16)
-  directions = pool.directions(keys.root(seed), np.arange(len(coordinates)))
+  directions = pool.directions(
+    keys.root(seed), np.arange(len(coordinates)), 'rademacher'
+  )
   amounts = jnp.asarray(LEARNING_RATE * coordinates, jnp.float32)
   wide = np.asarray(base, np.float32)
   zeros = {'w': jnp.zeros(SHAPE)}
@@ -85,7 +87,9 @@ def on_grid(coordinates: np.ndarray, seed: int) -> dict[str, float]:
   start = np.asarray(base.params['w'], np.float64)
   q = int(pool.exponent(base.exponents))
   e = int(base.exponents['w'])
-  directions = pool.directions(keys.root(seed), np.arange(len(coordinates)))
+  directions = pool.directions(
+    keys.root(seed), np.arange(len(coordinates)), 'rademacher'
+  )
   amounts = -LEARNING_RATE * coordinates
   units = grid.round_units(
     jnp.asarray(amounts, jnp.float32) * grid.power_of_two(jnp.int32(q)),

@@ -110,7 +110,8 @@ def fedkseed(
     send_indices: whether messages carry the seeds' indices, as the paper's do.
     pro: FedKSeed-Pro.
     importance_weight: weigh the steps of Pro by 1 / (K p_k).
-    distribution: of the directions, 'rademacher' or 'popcount16'.
+    distribution: of the directions, one of `pool.DISTRIBUTIONS`. With 'walsh'
+      the server and a rebuild cost one pass, whatever `num_seeds` is.
     weight_decay: decoupled; multiplied by the learning rate, in every step. A
       replica then keeps its base and rebuilds from it in every round, which is
       one pass over all directions.
@@ -155,7 +156,7 @@ def fedkseed(
   if not (mu_table > 0).all():
     raise ValueError(f'mu must be > 0, got {mu_table.min()}')
   lost_table = _lost(lr_table, weight_decay, local_steps)
-  all_directions = pool.directions(root, np.arange(num_seeds))
+  all_directions = pool.directions(root, np.arange(num_seeds), distribution)
   draw_weights = _draw_weights(num_seeds)
 
   def init(params):
@@ -250,7 +251,8 @@ def fedkseed(
       )
       return params, (sent, loss)
 
-    steps = (pool.directions(root, indices), step_weight(state, indices))
+    directions = pool.directions(root, indices, distribution)
+    steps = (directions, step_weight(state, indices))
     _, (sent, losses) = jax.lax.scan(step, state.params, (*steps, batches))
     message = code.encode(sent, key) if hide is None else sent
     if send_indices:

@@ -37,7 +37,17 @@ import jax.numpy as jnp
 import optax
 
 from jaxfl import allocation as allocation_lib
-from jaxfl import blocks, checks, codecs, grid, keys, master, perturb, schedules
+from jaxfl import (
+  blocks,
+  checks,
+  codecs,
+  grid,
+  keys,
+  master,
+  perturb,
+  pool,
+  schedules,
+)
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
@@ -89,7 +99,9 @@ def ferret(
       `sign1` has the smallest error at equal bytes, at the price of more
       coordinates to compute. It has no bias where coordinates are normal, as
       they are for blocks of many entries of like size.
-    distribution: of the directions, see `perturb`.
+    distribution: of the directions, see `perturb`. 'walsh': those of a message
+      are a pool (`jaxfl.kernels.walsh`), orthogonal over 32 x 128 entries, and
+      all of a block's together cost one pass over it.
     max_block_size: entries of a block; larger tensors are cut. A coordinate
       costs this much to compute, a block two bytes.
     num_rounds: length of the schedule, needed if there is one.
@@ -103,7 +115,7 @@ def ferret(
       fewer than blocks, as soon as the method sees the parameters.
   """
   checks.one_of('allocation', allocation, allocation_lib.ALLOCATIONS)
-  checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
+  checks.one_of('distribution', distribution, allocation_lib.KURTOSIS)
   if local_steps < 1:
     raise ValueError(f'local_steps must be >= 1, got {local_steps}')
   if not 1 <= coordinates < 2**30:
@@ -119,7 +131,9 @@ def ferret(
 
   def layout(params):
     """The blocks, and the factors of their norms."""
-    parts = blocks.partition(params, max_size=max_block_size)
+    parts = blocks.partition(
+      params, max_size=max_block_size, distribution=distribution
+    )
     if coordinates < len(parts):
       raise ValueError(
         f'coordinates must be >= {len(parts)}, one for every block, got'
@@ -129,9 +143,9 @@ def ferret(
     return parts, allocation_lib.factors(allocation, sizes, distribution)
 
   def directions_of(party_id, round):
-    """uint32[..., K, 2]: the chain of `keys` for every direction of a party."""
-    base = keys.fold(root, party_id, round)
-    return keys.fold(base[..., None, :], jnp.arange(coordinates))
+    """The chain of `keys` for every direction of a party: [..., K, 2 or 3]."""
+    base = keys.fold(root, party_id, round)[..., None, :]
+    return pool.directions(base, jnp.arange(coordinates), distribution)
 
   def init(params):
     layout(params)
@@ -254,6 +268,8 @@ def _add_units(held, parts, counts, directions, coefficients, distribution):
   e = jnp.stack([by_path[block.path] for block in parts])
   block, k = jax.vmap(blocks.slots, (0, None))(counts, coefficients.shape[1])
   own = jnp.take_along_axis(directions, k[..., None], axis=1)
+  if distribution == 'walsh':  # the key of a pool, and a number
+    own = keys.fold(own[..., :2], own[..., 2])
   # a direction of several blocks has a dither for each
   dither = keys.uniform(keys.fold(keys.stream(own, 'rounding'), block))
   scale = perturb.FIELD_UNIT[distribution] * grid.power_of_two(e)
