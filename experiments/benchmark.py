@@ -77,7 +77,7 @@ def main(argv):
   out = pathlib.Path(_OUT.value or _RESULTS / f'benchmark_{suite}.json')
   description = machine.describe()
   found = {'suite': suite, 'machine': description, **run(suite)}
-  Console(width=150).print(show.table(found))
+  Console(width=160).print(show.table(found))
   if description['torch'] is None:
     print('torch is not installed: no competitor in it')
   out.write_text(json.dumps(found, indent=2) + '\n', encoding='utf-8')

@@ -34,11 +34,13 @@ TARGETS: dict[str, dict[str, timing.Target]] = {
     f'replay rademacher K={MANY}': ('rate', 10.0),
     f'project rademacher K={FEW}': ('rate', 8.0),
     f'project rademacher K={MANY}': ('rate', 8.0),
+    f'pool rebuild walsh K={MANY}': ('rate', 1000.0),
     f'Ferret project + reconstruct K={FEW}': ('seconds', 0.1),
   },
   'gpu': {  # 1.3e9 parameters on an H200
     'perturb rademacher': ('of_floor', 0.85),
     f'replay rademacher K={MANY}': ('seconds', 1.0),
+    f'pool rebuild walsh K={MANY}': ('seconds', 0.01),
   },
 }
 
@@ -51,6 +53,7 @@ class Entry(NamedTuple):
   cost: floors.Cost
   rivals: tuple[str, ...] = ()
   updates: bool = True  # returns new weights, or has them first in a tuple
+  count: int | None = None  # directions, where one pass does for all
   shown: bool = True
 
 
@@ -93,14 +96,37 @@ def _replay_int(count, distribution, params, x):
   )
 
 
+def _pool(count, distribution, x):
+  """The directions of a pool's first seeds."""
+  return pool.directions(x['keys'][0], jnp.arange(count), distribution)
+
+
+def _perturb(distribution, params, x):
+  direction = _pool(1, distribution, x)[0]
+  return perturb.perturb(
+    params, direction, x['scales'][0], distribution=distribution
+  )
+
+
 def _rebuild(count, distribution, params, x):
   fits = {path: jnp.zeros((), bool) for path in params}
   return pool.rebuild(
     Master(params, x['exponents'], fits),
     jnp.int32(pool.ONE),
-    x['keys'][:count],
+    _pool(count, distribution, x),
     x['coordinates'][:count],
     distribution=distribution,
+  )
+
+
+def _pool_project(count, distribution, params, x):
+  """Coordinates along all seeds of a pool, of every tensor."""
+  size = max(w.size for w in params.values())
+  parts = blocks.partition(params, max_size=size, distribution=distribution)
+  counts = jnp.full(len(parts), count, jnp.int32)
+  directions = _pool(len(parts) * count, distribution, x)
+  return blocks.project(
+    params, parts, counts, directions, distribution=distribution
   )
 
 
@@ -137,13 +163,11 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
   ):
     function = functools.partial(_sampled, draw)
     yield Entry(f'jax.random.{name}', function, cost(), shown=False)
-  for name in perturb.DISTRIBUTIONS:
+  for name in (*perturb.DISTRIBUTIONS, 'walsh'):
     sampler = 'normal' if name == 'gaussian' else 'rademacher'
     yield Entry(
       f'perturb {name}',
-      lambda w, x, d=name: perturb.perturb(
-        w, x['keys'][0], x['scales'][0], distribution=d
-      ),
+      functools.partial(_perturb, name),
       cost(2, 1, name),
       (f'jax.random.{sampler}', torch[0]),
     )
@@ -179,6 +203,21 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
       cost(2, count),
       (torch[1],),
     )
+  yield Entry(
+    f'pool rebuild walsh K={MANY}',
+    functools.partial(_rebuild, MANY, 'walsh'),
+    cost(2, 1, 'walsh'),
+    (torch[1],),
+    count=MANY,
+  )
+  yield Entry(
+    f'pool project walsh K={MANY}',
+    functools.partial(_pool_project, MANY, 'walsh'),
+    cost(1, 1, 'walsh'),
+    (torch[2],),
+    updates=False,
+    count=MANY,
+  )
   yield Entry(
     f'Ferret project + reconstruct K={FEW}',
     _ferret,
@@ -233,7 +272,7 @@ def operations(
     if names and entry.name not in names:
       continue
     compiled = _compile(entry, shapes, x)
-    directions = max(1.0, entry.cost.directions)
+    directions = entry.count or max(1.0, entry.cost.directions)
     has_floor = entry.shown and entry.name != 'w + c'
     found.append(
       timing.Operation(

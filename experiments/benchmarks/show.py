@@ -42,7 +42,7 @@ def table(found: dict[str, Any]) -> Table:
   shown.add_column('operation')
   shown.add_column('on')
   for name in (
-    'ours', 'best', 'floor', 'of floor', 'predicted', 'seconds', 'memory',
+    'ours', 'floor', 'of floor', 'predicted', 'seconds', 'memory',
   ):  # fmt: skip
     shown.add_column(name, justify='right')
   shown.add_column('beside')
@@ -57,7 +57,6 @@ def table(found: dict[str, Any]) -> Table:
       row['operation'],
       row['on'],
       _number(row['rate']),
-      _number(row['best_rate']),
       _number(row.get('floor_rate')),
       '' if share is None else f'{share:.0%}',
       _number(row.get('predicted')),

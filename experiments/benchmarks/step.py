@@ -13,6 +13,7 @@ gains, both over a forward pass: inference.
 """
 
 import functools
+import statistics
 from typing import Any
 
 import jax
@@ -26,6 +27,7 @@ from experiments.benchmarks import (
   machine,
   memory,
   models,
+  tensors,
   text,
   timing,
   torch_models,
@@ -88,82 +90,77 @@ class Step:
     return jax.jit(self.method.server).lower(*args).compile()
 
 
-def operations(
-  name: str, params, tokens: int, *, first: bool
-) -> list[timing.Operation]:
-  """What there is to time for a model and a number of tokens.
+def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
+  """What there is to time for a model.
 
   Args:
     name: of the model.
-    params: its parameters.
-    tokens: of a batch, at least.
-    first: the first number of tokens: with what does not depend on it.
+    tokens: of batches, at least; the first is that of `sgd step`.
   """
-  step = Step(name, tokens)
-  state = step.method.init(params)
-  inference = estimators.cast(state.params, step.model.dtype)
-  forward, client = step.forward(), step.client(state)
-  server = step.server(state, 1)
   wait = jax.block_until_ready
-  on = f'{name}, {tokens} tokens'
-  size = floors.memory(forward, 1) or 0
+  steps = {count: Step(name, count) for count in tokens}
+  step = steps[tokens[0]]
+  state = step.method.init(models.params(name))
+  inference = estimators.cast(state.params, step.model.dtype)
+  server = step.server(state, 1)
+  found = _once(name, step, state)
+  for count, step in steps.items():
+    forward, client = step.forward(), step.client(state)
+    on = f'{name}, {count} tokens'
+    size = floors.memory(forward, 1) or 0
 
-  def whole():
-    message = client(state, (), step.batches, step.party)[0]
-    return wait(server(state, message[None], step.cohort(1)))
+    def whole(step=step, client=client):
+      message = client(state, (), step.batches, step.party)[0]
+      return wait(server(state, message[None], step.cohort(1)))
 
-  def two_forwards(medians):
-    return 2 * medians[on, 'forward'], 'two forwards'
+    def two_forwards(seconds, on=on):
+      return 2 * statistics.median(seconds[on, 'forward']), 'two forwards'
 
-  make = functools.partial(
-    timing.Operation,
-    on=on,
-    work=step.batch['tokens'].size,
-    unit='tokens/s',
-  )
-  held = [floors.memory(program, size) for program in (client, server)]
-  found = [
-    make(
-      name='forward',
-      run=lambda: wait(forward(inference, step.batch)),
-      rivals=('forward, torch',),
-    ),
-    make(
-      name='spsa client',
-      run=lambda: wait(client(state, (), step.batches, step.party)),
-      floor=two_forwards,
-      memory=held[0],
-    ),
-    make(
-      name='spsa step',
-      run=whole,
-      floor=two_forwards,
-      memory=max((m for m in held if m), default=None),
-      rivals=('MeZO step, torch',),
-    ),
-    *torch_models.operations(name, step.batch, on),
-  ]
-  if first:
-    found += _once(name, step, state, make)
+    make = functools.partial(
+      timing.Operation,
+      on=on,
+      work=step.batch['tokens'].size,
+      unit='tokens/s',
+    )
+    held = [floors.memory(program, size) for program in (client, server)]
+    found += [
+      make(
+        name='forward',
+        run=lambda f=forward, step=step: wait(f(inference, step.batch)),
+        rivals=('forward, torch',),
+      ),
+      make(
+        name='spsa client',
+        run=lambda c=client, step=step: wait(
+          c(state, (), step.batches, step.party)
+        ),
+        floor=two_forwards,
+        memory=held[0],
+      ),
+      make(
+        name='spsa step',
+        run=whole,
+        floor=two_forwards,
+        memory=max((m for m in held if m), default=None),
+        rivals=('MeZO step, torch',),
+      ),
+      *torch_models.operations(name, step.batch, on),
+    ]
   return found
 
 
-def _once(name, step, state, make):
-  """What is measured at one number of tokens only."""
+def _once(name, step, state):
+  """What is measured at one number of tokens, or has none."""
   wait = jax.block_until_ready
   sgd = fed_avg.fed_avg(step.model.loss_fn, client_optimizer=optax.sgd(1e-3))
   first_order = jax.jit(sgd.client)
   other = sgd.init(state.params)
   shapes = {path: w.shape for path, w in keys.named_leaves(state.params)}
-  entries = sum(w.size for w in jax.tree.leaves(state.params))
+  entries = tensors.entries(shapes)
   server = step.server(state, CLIENTS)
   message = step.method.message(state.params)
   messages = np.ones((CLIENTS, *message.shape), message.dtype)
   return [
-    make(
-      name='sgd step',
-      run=lambda: wait(first_order(other, (), step.batches, step.party)),
-    ),
     *kernels.operations(name, shapes, ('w + c', 'perturb rademacher')),
     timing.Operation(
       name=f'spsa server, {CLIENTS} clients',
@@ -173,6 +170,13 @@ def _once(name, step, state, make):
       unit='G/s',
       floor=floors.floor(floors.Cost(entries, 2, CLIENTS), name),
       memory=floors.memory(server, 4 * entries),
+    ),
+    timing.Operation(
+      name='sgd step',
+      on=f'{name}, {step.batch["tokens"].size} tokens',
+      run=lambda: wait(first_order(other, (), step.batches, step.party)),
+      work=step.batch['tokens'].size,
+      unit='tokens/s',
     ),
   ]
 
@@ -228,9 +232,7 @@ def measure(
   tokens = tokens or ([256, 1024, 4096] if cpu else [1024, 4096, 8192, 16384])
   todo = floors.operations() + text.operations()
   for name in names:
-    params = models.params(name)
-    for count in tokens:
-      todo += operations(name, params, count, first=count == tokens[0])
+    todo += operations(name, tokens)
   rows = timing.rows(todo, repeats, TARGETS, predictions)
   peaks = [_peak(name, tokens[-1]) for name in names] if cpu else []
   return {

@@ -10,7 +10,7 @@ from experiments.benchmarks import machine
 
 _LONG, _FEW = 2.0, 3  # seconds; an operation that takes longer has few repeats
 
-Seconds = Mapping[tuple[str, str], float]  # (on, name) -> a median
+Seconds = Mapping[tuple[str, str], list[float]]  # (on, name) -> of its calls
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class Operation:
     work: of one call, in `unit`s.
     unit: of the rate, which is work per second.
     rivals: names of operations on the same, to be shown beside it.
-    floor: medians of all operations -> the least seconds that it could take,
-      and what sets them.
+    floor: the seconds of all operations -> the least that it could take, and
+      what sets that.
     memory: bytes that the compiled program holds at once, and over what.
     shown: whether it has a row of its own.
   """
@@ -120,7 +120,7 @@ def rows(
           'ours': row['rate'] / theirs,
         }
     if o.floor is not None:
-      least, why = o.floor(medians)
+      least, why = o.floor(taken)
       row |= {'floor_rate': o.work / least, 'of_floor': least / median}
       row['floor'] = why
     names = f'{o.name} on {o.on}', o.name
