@@ -53,7 +53,7 @@ class Entry(NamedTuple):
   cost: floors.Cost
   rivals: tuple[str, ...] = ()
   updates: bool = True  # returns new weights, or has them first in a tuple
-  count: int | None = None  # directions, where one pass does for all
+  pooled: int | None = None  # directions, where one pass does for all
   shown: bool = True
 
 
@@ -208,7 +208,7 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
     functools.partial(_rebuild, MANY, 'walsh'),
     cost(2, 1, 'walsh'),
     (torch[1],),
-    count=MANY,
+    pooled=MANY,
   )
   yield Entry(
     f'pool project walsh K={MANY}',
@@ -216,7 +216,7 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
     cost(1, 1, 'walsh'),
     (torch[2],),
     updates=False,
-    count=MANY,
+    pooled=MANY,
   )
   yield Entry(
     f'Ferret project + reconstruct K={FEW}',
@@ -272,7 +272,7 @@ def operations(
     if names and entry.name not in names:
       continue
     compiled = _compile(entry, shapes, x)
-    directions = entry.count or max(1.0, entry.cost.directions)
+    directions = entry.pooled or max(1.0, entry.cost.directions)
     has_floor = entry.shown and entry.name != 'w + c'
     found.append(
       timing.Operation(
