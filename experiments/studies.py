@@ -151,7 +151,7 @@ _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 # the default task, where every client has a package of its own
 _TEXT_POOL = {'method': 'fedkseed', 'num_rounds': 30, 'eval_every': 5}
 _TEXT_FERRET = {'method': 'ferret', 'num_rounds': 20, 'eval_every': 2}
-# the same with 49,538 parameters, so that there are Walsh blocks
+# on SST-2 features, 49,538 parameters, so that there are Walsh blocks
 _NETWORK = {'hidden_units': 128}
 _POOLS = {'independent signs': {}, 'Walsh': {'distribution': 'walsh'}}
 _SHORT_TEXT = {
