@@ -34,7 +34,7 @@ import numpy as np
 
 from jaxfl import checks, keys
 from jaxfl import typing as jt
-from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import api, tiles, xla  # pyright: ignore[reportMissingImports]
 
 DISTRIBUTIONS = xla.DISTRIBUTIONS
 # z as a multiple of the integer field that `replay_int` adds
@@ -46,18 +46,6 @@ def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
   ids = np.array([keys.tensor_id(path) for path in paths], np.uint32)
   ids = ids.reshape(-1, *(1,) * (directions.ndim - 1))
   return list(keys.fold(directions[None], ids))
-
-
-def _whole(x: jax.Array, count: int, tiled: bool | None):
-  """The array and the plan for `count` directions on all of it.
-
-  Without tiles the array keeps its shape and so, under GSPMD, its sharding.
-  """
-  if tiled is None:
-    tiled = jax.default_backend() == 'cpu' and jax.device_count() == 1
-  if tiled:
-    x = x.reshape(xla.view(x.shape))
-  return x, tiles.Plan([((0, 0), x.shape)], np.array([[0, count]]), tiled)
 
 
 def field(
@@ -141,7 +129,7 @@ def replay(
   coefficients: jt.Array,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> jt.Params:
   """Applies K directions in order, with the bits of K `perturb` calls.
 
@@ -150,10 +138,9 @@ def replay(
     directions: uint32[K, 2].
     coefficients: float32[K], the scales.
     distribution: 'rademacher', 'popcount16' or 'gaussian'.
-    tiled: apply all directions to a piece of a tensor before the next one is
-      read. Faster for tensors beyond the cache of a CPU; the bits are the same,
-      except for 'gaussian'. Not for sharded tensors. The default is true where
-      there is one device, a CPU, but for 'gaussian'.
+    implementation: one of `jaxfl.kernels.api`, which differ in speed and, only
+      for 'gaussian', in the last bits; None chooses for the default device.
+      Only 'xla' is for sharded tensors.
 
   Returns:
     Pytree like `params`.
@@ -173,15 +160,18 @@ def replay(
       f'shape {coefficients.shape}'
     )
   leaves = checks.named_arrays(params)
-  if tiled is None and distribution == 'gaussian':
-    tiled = False  # tiles would change last bits
-
-  def leaf(w, leaf_keys):
-    x, plan = _whole(w, len(coefficients), tiled)
-    x = tiles.add(x, leaf_keys, coefficients, plan, distribution=distribution)
-    return x.reshape(w.shape)
-
-  new = map(leaf, leaves.values(), _leaf_keys(directions, leaves))
+  new = [
+    api.add(
+      w,
+      leaf_keys,
+      coefficients,
+      distribution=distribution,
+      implementation=implementation,
+    )
+    for w, leaf_keys in zip(
+      leaves.values(), _leaf_keys(directions, leaves), strict=True
+    )
+  ]
   return jax.tree.structure(params).unflatten(new)
 
 
@@ -192,7 +182,7 @@ def replay_int(
   exponents: jt.Params,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> tuple[jt.Params, jt.Params]:
   """Applies K directions to grid weights, exactly and in no particular order.
 
@@ -210,7 +200,7 @@ def replay_int(
     units: pytree like `params` of integers [K], at most int32.
     exponents: pytree like `params` of int32[]; |e| <= 100.
     distribution: 'rademacher' or 'popcount16'.
-    tiled: as for `replay`.
+    implementation: as for `replay`.
 
   Returns:
     (params, overflow), the latter a pytree like `params` of bool[]. A flag is
@@ -236,12 +226,16 @@ def replay_int(
         f'{path!r}: expected units [{directions.shape[0]}], got {unit.shape}'
       )
     *scale, overflow = checks.grid_scale(path, w, e)
-    x, plan = _whole(w, len(unit), tiled)
-    x, fits = tiles.add_units(
-      x, scale, leaf_keys, unit, plan, distribution=distribution
+    new, fits = api.add_units(
+      w,
+      scale,
+      leaf_keys,
+      unit,
+      distribution=distribution,
+      implementation=implementation,
     )
     overflow |= ~fits | tiles.sum_exceeds(unit, distribution)
-    return x.reshape(w.shape), overflow
+    return new, overflow
 
   results = [
     leaf(path, w, *rest)
@@ -264,7 +258,7 @@ def project(
   directions: jt.Array,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """The inner products `<z_k, delta>` over all tensors: `replay` transposed.
 
@@ -272,7 +266,7 @@ def project(
     delta: pytree of floating-point arrays.
     directions: uint32[K, 2].
     distribution: 'rademacher', 'popcount16' or 'gaussian'.
-    tiled: as for `replay`, but the sums are grouped otherwise.
+    implementation: as for `replay`, but the sums are grouped otherwise.
 
   Returns:
     float32[K], whatever the type of `delta`. Sums in float32, over parts of a
@@ -291,6 +285,7 @@ def project(
   for x, leaf_keys in zip(
     leaves.values(), _leaf_keys(directions, leaves), strict=True
   ):
-    x, plan = _whole(x, len(directions), tiled)
-    total += tiles.project(x, leaf_keys, plan, distribution=distribution)
+    total += api.project(
+      x, leaf_keys, distribution=distribution, implementation=implementation
+    )
   return total

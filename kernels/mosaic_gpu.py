@@ -25,7 +25,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxfl.kernels import signs  # pyright: ignore[reportMissingImports]
 
-DTYPES = (jnp.float32, jnp.bfloat16)
 _COLS = 128  # threads of a block
 _CHUNK = 1024  # directions whose products are held for every tile at a time
 

@@ -20,7 +20,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxfl.kernels import signs  # pyright: ignore[reportMissingImports]
 
-DTYPES = (jnp.float32, jnp.bfloat16)
 _ROWS = 512  # of a tile: its hashes fill 8 sublanes
 _COLS = 256
 _CHUNK = 1024  # directions
@@ -110,9 +109,7 @@ def add(w, keys, amounts, offset=(0, 0), *, block=None, interpret=False):
   return pl.pallas_call(
     functools.partial(_add, count=len(keys)),
     grid=(*map(pl.cdiv, w.shape, (height, width)), len(chunks)),
-    in_specs=[
-      pl.BlockSpec(memory_space=pltpu.SMEM), _scalars(chunks, 2), tile
-    ],
+    in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), _scalars(chunks, 2), tile],
     out_specs=tile,
     out_shape=jax.ShapeDtypeStruct(w.shape, w.dtype),
     input_output_aliases={2: 0},

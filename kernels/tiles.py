@@ -184,18 +184,38 @@ def add_units(w, scale, keys, units, plan, *, distribution):
     step = functools.partial(
       xla.add_units, distribution=distribution, offset=tile.offset
     )
-    scaled = tile.read(w) * scale[0]
-    old = scaled.astype(jnp.int32)
-    new = _scan(step, old, keys, units, *tile.span)
-    fits &= jnp.all(
-      (jnp.abs(scaled) < LIMIT)
-      & (old.astype(jnp.float32) == scaled)
-      & (new < LIMIT)
-      & (new > -LIMIT)
+    new, fit = on_grid(
+      tile.read(w),
+      scale,
+      lambda total: _scan(step, total, keys, units, *tile.span),
     )
-    return tile.write(w, new.astype(jnp.float32) * scale[1]), fits
+    return tile.write(w, new), fits & fit
 
   return fold(visit, (w, jnp.ones((), bool)), plan)
+
+
+def on_grid(w, scale, change: Callable[[jax.Array], jax.Array]):
+  """Changes grid weights in units of the grid's step.
+
+  Args:
+    w: float32[...], multiples of 1 / scale[0] below `LIMIT` of them.
+    scale: a power of two and its inverse, float32[] each.
+    change: from int32[...] to the same.
+
+  Returns:
+    An array like `w`, and bool[]: all old entries were as asked for, and the
+    new ones are.
+  """
+  scaled = w * scale[0]
+  old = scaled.astype(jnp.int32)
+  new = change(old)
+  fits = jnp.all(
+    (jnp.abs(scaled) < LIMIT)
+    & (old.astype(jnp.float32) == scaled)
+    & (new < LIMIT)
+    & (new > -LIMIT)
+  )
+  return new.astype(jnp.float32) * scale[1], fits
 
 
 def sum_exceeds(units: jax.Array, distribution: str) -> jax.Array:
