@@ -26,18 +26,19 @@ from jax import custom_batching
 from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
 IMPLEMENTATIONS = ('xla', 'xla_tiles', 'mosaic_tpu', 'mosaic_gpu')
-_FASTEST = {'cpu': 'xla_tiles', 'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
+_MADE_FOR = {'cpu': 'xla_tiles', 'tpu': 'mosaic_tpu', 'gpu': 'mosaic_gpu'}
 _TYPES = (np.dtype(jnp.float32), np.dtype(jnp.bfloat16))
 _JAX = (0, 10)  # the first version whose Pallas has what the kernels use
 
 
-def _devices() -> list[jax.Device]:
-  """Those that programs are for, unless their arguments say otherwise."""
-  default = jax.config.jax_default_device  # a device, its platform, or None
+def _devices() -> list:
+  """The devices of the platform that programs are for by default."""
+  # a device, its platform, or None
+  default = jax.config.jax_default_device  # pyright: ignore
   return jax.devices(getattr(default, 'platform', default))
 
 
-def _is_hopper(device: jax.Device) -> bool:
+def _is_hopper(device) -> bool:
   """Whether a GPU is one of NVIDIA's with compute capability >= 9.0."""
   major = getattr(device, 'compute_capability', '').partition('.')[0]
   return device.platform == 'gpu' and major.isdigit() and int(major) >= 9
@@ -77,7 +78,7 @@ def choose(implementation: str | None, dtype, distribution: str) -> str:
   """
   if implementation is None:
     first, *others = _devices()
-    name = _FASTEST.get(first.platform, 'xla')
+    name = _MADE_FOR.get(first.platform, 'xla')
     if others or _obstacle(name, dtype, distribution):
       return 'xla'
     return name

@@ -15,7 +15,7 @@ SHAPES: dict[str, tuple[int, ...]] = {
   # columns that are no multiple of 128
   'classifier': (2048, 2),
   'mlp': (784, 200),
-  # one row
+  # one row: a bias, and all parameters of a small model as one vector
   'opt_1.3b_bias': (8192,),
   'flat_model': (820_000,),
 }

@@ -16,6 +16,7 @@ in `_run` and `_columns`.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ _COLS = 128  # threads of a block
 _CHUNK = 1024  # directions whose products are held for every tile at a time
 
 
-def _run(body, tiles, *args, out_type=(), interpret=False):
+def _run(body, tiles, *args, out_type=(), interpret=False) -> Any:
   """`body(tile, *args, *outs)`, arguments being Refs, for every tile.
 
   Arguments that are Refs already are updated in place.
