@@ -121,14 +121,16 @@ def add(w, keys, amounts, offset=(0, 0), *, interpret=False):
   Returns:
     An array like `w`, with the bits of K `xla.add` or `xla.add_units`.
   """
-  ref = jax.new_ref(_pad(w), memory_space=plgpu.GMEM)
-  for first, rows, tiles in _parts(ref.shape):
-    body = functools.partial(
-      _add, first=first, rows=rows, count=len(keys), interpret=bool(interpret)
-    )
-    args = _offset(offset), keys.reshape(-1), signs.bits(amounts), ref
-    _run(body, tiles, *args, interpret=interpret)
-  return jax.freeze(ref)[:, : w.shape[1]]
+  args = _offset(offset), keys.reshape(-1), signs.bits(amounts)
+
+  def update(ref):
+    for first, rows, tiles in _parts(ref.shape):
+      body = functools.partial(
+        _add, first=first, rows=rows, count=len(keys), interpret=bool(interpret)
+      )
+      _run(body, tiles, *args, ref, interpret=interpret)
+
+  return pl.run_state(update)(_pad(w))[:, : w.shape[1]]
 
 
 def _pad(x):
