@@ -41,6 +41,7 @@ import numpy as np
 from jaxfl import checks, keys
 from jaxfl import typing as jt
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  api,
   lowrank,
   tiles,
   walsh,
@@ -119,21 +120,6 @@ def checked(name: str, directions: jt.Array, distribution: str, axes: str):
   checks.distribution(distribution, (*DISTRIBUTIONS, 'walsh'))
   words = 3 if distribution == 'walsh' else 2
   return checks.key(name, directions, f'[{axes}{words}]')
-
-
-def _whole(x: jax.Array, count: int, distribution: str, tiled: bool | None):
-  """The array and the plan for `count` directions on all of it.
-
-  Without tiles the array keeps its shape and so, under GSPMD, its sharding.
-  Tiles would cut Walsh blocks.
-  """
-  if distribution == 'walsh':
-    tiled = False
-  if tiled is None:
-    tiled = jax.default_backend() == 'cpu' and jax.device_count() == 1
-  if tiled:
-    x = x.reshape(xla.view(x.shape))
-  return x, tiles.Plan([((0, 0), x.shape)], np.array([[0, count]]), tiled)
 
 
 def field(
@@ -224,7 +210,7 @@ def replay(
   coefficients: jt.Array,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> jt.Params:
   """Applies K directions in order, with the bits of K `perturb` calls.
 
@@ -233,11 +219,9 @@ def replay(
     directions: uint32[K, 2].
     coefficients: float32[K], the scales.
     distribution: one of `DISTRIBUTIONS`.
-    tiled: apply all directions to a piece of a tensor before the next one is
-      read. Faster for tensors beyond the cache of a CPU; the bits are the same,
-      except for 'gaussian'. Not for sharded tensors. The default is true where
-      there is one device, a CPU, but for 'gaussian'. Low-rank directions need
-      no tiles, whatever it says.
+    implementation: one of `jaxfl.kernels.api`, which differ in speed and, only
+      for 'gaussian', in the last bits; None chooses for the default device.
+      Only 'xla' is for sharded tensors, and for low-rank directions.
 
   Returns:
     Pytree like `params`.
@@ -256,19 +240,17 @@ def replay(
       f'shape {coefficients.shape}'
     )
   leaves = checks.named_arrays(params)
-  if tiled is None and distribution == 'gaussian':
-    tiled = False  # tiles would change last bits
-
-  def leaf(w, field):
-    name = field.distribution
-    if name in lowrank.RANKS:
-      return lowrank.replay(w, field.keys, coefficients, distribution=name)
-    x, plan = _whole(w, len(coefficients), name, tiled)
-    x = tiles.add(x, field.keys, coefficients, plan, distribution=name)
-    return x.reshape(w.shape)
-
   fields = leaf_fields(directions, leaves, distribution)
-  new = map(leaf, leaves.values(), fields)
+  new = [
+    api.add(
+      w,
+      field.keys,
+      coefficients,
+      distribution=field.distribution,
+      implementation=implementation,
+    )
+    for w, field in zip(leaves.values(), fields, strict=True)
+  ]
   return jax.tree.structure(params).unflatten(new)
 
 
@@ -279,7 +261,7 @@ def replay_int(
   exponents: jt.Params,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> tuple[jt.Params, jt.Params]:
   """Applies K directions to grid weights, exactly and in no particular order.
 
@@ -299,7 +281,7 @@ def replay_int(
     units: pytree like `params` of integers [K], at most int32.
     exponents: pytree like `params` of int32[]; |e| <= 100.
     distribution: a key of `FIELD_UNIT`.
-    tiled: as for `replay`.
+    implementation: as for `replay`.
 
   Returns:
     (params, overflow), the latter a pytree like `params` of bool[]. A flag is
@@ -325,19 +307,16 @@ def replay_int(
         f'{path!r}: expected units [{directions.shape[0]}], got {unit.shape}'
       )
     *scale, overflow = checks.grid_scale(path, w, e)
-    name = field.distribution
-    if name in lowrank.RANKS:
-      add = lambda total: lowrank.add_units(
-        total, field.keys, unit, distribution=name
-      )
-      x, fits = tiles.on_grid(w, scale, add)
-    else:
-      x, plan = _whole(w, len(unit), name, tiled)
-      x, fits = tiles.add_units(
-        x, scale, field.keys, unit, plan, distribution=name
-      )
-    overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST[name])
-    return x.reshape(w.shape), overflow
+    new, fits = api.add_units(
+      w,
+      scale,
+      field.keys,
+      unit,
+      distribution=field.distribution,
+      implementation=implementation,
+    )
+    overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST[field.distribution])
+    return new, overflow
 
   results = [
     leaf(path, w, *rest)
@@ -360,7 +339,7 @@ def project(
   directions: jt.Array,
   *,
   distribution: str = 'rademacher',
-  tiled: bool | None = None,
+  implementation: str | None = None,
 ) -> jax.Array:
   """The inner products `<z_k, delta>` over all tensors: `replay` transposed.
 
@@ -368,7 +347,7 @@ def project(
     delta: pytree of floating-point arrays.
     directions: uint32[K, 2].
     distribution: one of `DISTRIBUTIONS`.
-    tiled: as for `replay`, but the sums are grouped otherwise.
+    implementation: as for `replay`, but the sums are grouped otherwise.
 
   Returns:
     float32[K], whatever the type of `delta`. Sums in float32, over parts of a
@@ -385,12 +364,12 @@ def project(
   total = jnp.zeros(len(directions), jnp.float32)
   fields = leaf_fields(directions, leaves, distribution)
   for x, field in zip(leaves.values(), fields, strict=True):
-    name = field.distribution
-    if name in lowrank.RANKS:
-      total += lowrank.project(x, field.keys, distribution=name)
-      continue
-    x, plan = _whole(x, len(directions), name, tiled)
-    total += tiles.project(x, field.keys, plan, distribution=name)
+    total += api.project(
+      x,
+      field.keys,
+      distribution=field.distribution,
+      implementation=implementation,
+    )
   return total
 
 

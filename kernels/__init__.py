@@ -11,6 +11,18 @@ it.
     to match bit for bit.
   * `tiles`: many directions on a tensor, or on rectangles of it, with `xla`.
   * `lowrank`: directions that are products of small sign matrices.
+  * `walsh`: all directions of a Walsh pool at once.
+  * `mosaic_tpu`, `mosaic_gpu`: many directions on a tensor, in Pallas. `signs`
+    is what they share.
+  * `api`: chooses one of them for a whole tensor.
+  * `arg_specs`: shapes of real tensors, for tests and measurements.
+
+What is verified, and how, without a TPU or a GPU (`tests/test_kernels.py`): the
+code of both kernels runs in JAX's interpret modes and has the bits of the NumPy
+reference; both lower for their platforms; and `experiments.compile_kernels`
+compiles them ahead of time for TPU v5e and v6e and for sm_90a. The layouts that
+`mosaic_gpu` gives to registers do not exist in interpret mode. Neither kernel
+has been timed.
 """
 
 if __name__ != 'jaxfl.kernels':

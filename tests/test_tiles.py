@@ -93,13 +93,17 @@ def test_tiles_do_not_change_the_bits(distribution):
   params, ds = normals(), directions(5)
   coefficients = np.linspace(-0.3, 0.7, 5).astype(np.float32)
   params['narrow'] = jnp.asarray(params['vector'], jnp.bfloat16)
-  run = lambda tiled: jax.jit(
+  run = lambda name: jax.jit(
     lambda params: perturb.replay(
-      params, ds, coefficients, distribution=distribution, tiled=tiled
+      params,
+      ds,
+      coefficients,
+      distribution=distribution,
+      implementation=name,
     )
   )(params)
-  tiled = run(True)
-  jax.tree.map(assert_same_bits, tiled, run(False))
+  tiled = run('xla_tiles')
+  jax.tree.map(assert_same_bits, tiled, run('xla'))
   for path in SHAPES:
     w = params[path]
     for d, c in zip(ds, coefficients, strict=True):
@@ -113,30 +117,37 @@ def test_tiles_do_not_change_integer_sums(distribution):
   params = jax.tree.map(lambda w: np.rint(w * 64) / 64 + 0, normals())
   units = jax.tree.map(lambda w: rng.integers(-99, 99, 4, np.int32), params)
   exponents = jax.tree.map(lambda w: np.int32(6), params)
-  f = jax.jit(perturb.replay_int, static_argnames=('distribution', 'tiled'))
-  run = lambda params, tiled: f(
-    params, ds, units, exponents, distribution=distribution, tiled=tiled
+  f = jax.jit(
+    perturb.replay_int, static_argnames=('distribution', 'implementation')
   )
-  new, overflow = run(params, True)
-  jax.tree.map(assert_same_bits, (new, overflow), run(params, False))
+  run = lambda params, name: f(
+    params,
+    ds,
+    units,
+    exponents,
+    distribution=distribution,
+    implementation=name,
+  )
+  new, overflow = run(params, 'xla_tiles')
+  jax.tree.map(assert_same_bits, (new, overflow), run(params, 'xla'))
   assert not any(jax.tree.leaves(overflow))
   changed = [np.any(new[path] != w) for path, w in params.items()]
   assert sum(changed) == len(SHAPES) - 1  # all but `empty`
   # one bad entry, in the last tile of two tensors
   params['ragged'][1, 82, 6] = 2.0**18
   params['vector'][599] = 0.5 / 64
-  found = run(params, True)[1]
+  found = run(params, 'xla_tiles')[1]
   assert {path for path, flag in found.items() if flag} == {'ragged', 'vector'}
 
 
 @pytest.mark.parametrize('distribution', ALL)
-@pytest.mark.parametrize('tiled', [False, True])
-def test_project_is_the_inner_product(distribution, tiled):
+@pytest.mark.parametrize('name', ['xla', 'xla_tiles'])
+def test_project_is_the_inner_product(distribution, name):
   delta, ds = normals(), directions(6)
   expected = inner_products(delta, ds, distribution)
   actual = jax.jit(
     lambda delta: perturb.project(
-      delta, ds, distribution=distribution, tiled=tiled
+      delta, ds, distribution=distribution, implementation=name
     )
   )(delta)
   assert actual.dtype == jnp.float32
@@ -153,7 +164,9 @@ def test_project_of_narrow_types_sums_wide(monkeypatch):
     delta = {'w': jnp.asarray(x, dtype)}
     wide = {'w': np.asarray(delta['w'], np.float64)}
     expected = inner_products(wide, ds, 'rademacher')
-    actual = jax.jit(lambda x: perturb.project(x, ds, tiled=True))(delta)
+    actual = jax.jit(
+      lambda x: perturb.project(x, ds, implementation='xla_tiles')
+    )(delta)
     assert actual.dtype == jnp.float32
     scale = np.linalg.norm(wide['w']) * np.sqrt(x.size)
     error = np.max(np.abs(np.asarray(actual) - expected))
@@ -168,8 +181,9 @@ def test_many_clients_at_once():
   c = np.random.default_rng(1).normal(size=(3, 4)).astype(np.float32)
 
   def client(params, ds, c):
-    new = perturb.replay(params, ds, c, tiled=True)
-    return new, perturb.project(params, ds, tiled=True)
+    kwargs = {'implementation': 'xla_tiles'}
+    new = perturb.replay(params, ds, c, **kwargs)
+    return new, perturb.project(params, ds, **kwargs)
 
   many, products = jax.jit(jax.vmap(client))(params, ds, c)
   for i, one in enumerate(each):
@@ -197,8 +211,9 @@ def test_a_sharded_tensor_is_not_gathered():
   assert 'all-gather' not in text
   assert 'all-to-all' not in text
   assert 'collective-permute' not in text
-  expected, products = jax.jit(lambda x: f(x, tiled=True))(w)
-  for run in (compiled, jax.jit(lambda x: f(x, tiled=True))):
+  tiled = jax.jit(lambda x: f(x, implementation='xla_tiles'))
+  expected, products = tiled(w)
+  for run in (compiled, tiled):
     new, sums = run(placed)
     jax.tree.map(assert_same_bits, new, expected)
     np.testing.assert_allclose(sums, products, atol=1e-4)
@@ -211,14 +226,14 @@ def test_lowers_for_accelerators(platform):
   units, exponents = {'a': np.zeros(4, np.int32)}, {'a': 8}
 
   def lower(f, *args, **kwargs):
-    names = ('distribution', 'tiled')
+    names = ('distribution', 'implementation')
     traced = jax.jit(f, static_argnames=names).trace(*args, **kwargs)
     traced.lower(lowering_platforms=(platform,))
 
-  for name in ALL:
-    lower(perturb.project, params, ds, distribution=name, tiled=False)
-    lower(perturb.project, params, ds, distribution=name, tiled=True)
-  kwargs = {'distribution': 'rademacher', 'tiled': True}
+  for distribution, name in itertools.product(ALL, ['xla', 'xla_tiles']):
+    kwargs = {'distribution': distribution, 'implementation': name}
+    lower(perturb.project, params, ds, **kwargs)
+  kwargs = {'distribution': 'rademacher', 'implementation': 'xla_tiles'}
   lower(perturb.replay, params, ds, c, **kwargs)
   lower(perturb.replay_int, params, ds, units, exponents, **kwargs)
 
