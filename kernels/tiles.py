@@ -175,13 +175,11 @@ def on_grid(w, scale, add: Callable[[jax.Array], jax.Array]):
   """
   scaled = w * scale[0]
   old = scaled.astype(jnp.int32)
-  new = add(old)
-  fits = jnp.all(
-    (jnp.abs(scaled) < LIMIT)
-    & (old.astype(jnp.float32) == scaled)
-    & (new < LIMIT)
-    & (new > -LIMIT)
-  )
+  was = jnp.all((jnp.abs(scaled) < LIMIT) & (old.astype(jnp.float32) == scaled))
+  # What is written needs the check of what was read: XLA on CPU would otherwise
+  # copy the whole tensor for every tile, to read the old one afterwards.
+  new = jnp.where(was, add(old), LIMIT)
+  fits = jnp.all((new < LIMIT) & (new > -LIMIT))
   return new.astype(jnp.float32) * scale[1], fits
 
 
