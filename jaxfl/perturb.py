@@ -399,6 +399,7 @@ def replay_pool(
       scale,
       walsh_keys(pool, numbers, path),
       walsh.by_pool(unit),
+      looped=api.choose(None, w.dtype, 'rademacher') == 'xla_tiles',
     )
     overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST['walsh'])
     return x.reshape(w.shape), overflow

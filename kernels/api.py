@@ -175,13 +175,13 @@ def add_units(w, scale, keys, units, *, distribution, implementation=None):
   if _uses_kernel(name, w, keys):
     run = functools.partial(_kernel, name, 'add')
     return tiles.on_grid(
-      w, scale, lambda total: run(total, keys, units).reshape(w.shape)
+      w, scale, lambda total: run(total, keys, units).reshape(w.shape), False
     )
   if distribution in lowrank.RANKS:
     total = lambda old: lowrank.add_units(
       old, keys, units, distribution=distribution
     )
-    return tiles.on_grid(w, scale, total)
+    return tiles.on_grid(w, scale, total, False)
   x, plan = _whole(w, len(keys), name)
   x, fits = tiles.add_units(
     x, scale, keys, units, plan, distribution=distribution

@@ -40,6 +40,7 @@ class Plan(NamedTuple):
   rectangles: Sequence[tuple]  # static; no two of them overlap
   spans: Any  # int[n, 2], NumPy or traced
   tiled: bool  # cut the rectangles into tiles; otherwise each is a tile
+  unit: int = 1  # columns of tiles start at multiples of it
 
 
 class Tile(NamedTuple):
@@ -75,15 +76,17 @@ def _cuts(total, step):
   return [(i, min(step, total - i)) for i in range(0, total, step)]
 
 
-def cut(rectangle) -> list:
+def cut(rectangle, unit: int = 1) -> list:
   """A rectangle as rectangles of at most `SIZE` entries, few shapes among them.
 
-  Tiles are as wide as can be: long rows are read and written the fastest.
+  Tiles are as wide as can be: long rows are read and written the fastest. Their
+  columns start at multiples of `unit` from the rectangle's.
   """
   (row, col), (rows, cols) = rectangle
   if rows * cols <= SIZE:
     return [rectangle]
-  width = _step(cols, SIZE // min(rows, _GROUP))
+  most = max(1, SIZE // min(rows, _GROUP) // unit)
+  width = min(cols, unit * _step(-(-cols // unit), most))
   height = _GROUP * _step(-(-rows // _GROUP), max(1, SIZE // width // _GROUP))
   return [
     ((row + i, col + j), (h, w))
@@ -100,7 +103,9 @@ def fold(visit: Callable[[Any, Tile], Any], carry: Any, plan: Plan) -> Any:
   """
   by_shape: dict[tuple[int, ...], list] = {}
   for i, rectangle in enumerate(plan.rectangles):
-    for offset, shape in cut(rectangle) if plan.tiled else [rectangle]:
+    for offset, shape in (
+      cut(rectangle, plan.unit) if plan.tiled else [rectangle]
+    ):
       by_shape.setdefault(shape, []).append((offset, i))
   for shape, tiles in by_shape.items():
     if len(tiles) == 1:
@@ -161,13 +166,14 @@ def add(w, keys, scales, plan, *, distribution):
   return fold(visit, w, plan)
 
 
-def on_grid(w, scale, add: Callable[[jax.Array], jax.Array]):
+def on_grid(w, scale, add: Callable[[jax.Array], jax.Array], tiled: bool):
   """Applies `add`, int32 to int32, to weights in grid steps.
 
   Args:
     w: float32[...], multiples of 1 / scale[0] below `LIMIT` of them.
     scale: a power of two and its inverse, float32[] each.
     add: the result may wrap modulo 2**32.
+    tiled: whether `w` is a tile that is read from a tensor, and written back.
 
   Returns:
     An array like `w`, and bool[]: all old entries were as asked for, and the
@@ -176,9 +182,13 @@ def on_grid(w, scale, add: Callable[[jax.Array], jax.Array]):
   scaled = w * scale[0]
   old = scaled.astype(jnp.int32)
   was = jnp.all((jnp.abs(scaled) < LIMIT) & (old.astype(jnp.float32) == scaled))
-  # What is written needs the check of what was read: XLA on CPU would otherwise
-  # copy the whole tensor for every tile, to read the old one afterwards.
-  new = jnp.where(was, add(old), LIMIT)
+  if tiled:
+    # XLA on CPU would copy the whole tensor for every tile if a check needed the
+    # old weights, or what is cheap to compute from them, after the write.
+    off = lambda old: jnp.full_like(old, LIMIT)
+    new = lax.cond(was, add, off, old)
+  else:
+    new = jnp.where(was, add(old), LIMIT)
   fits = jnp.all((new < LIMIT) & (new > -LIMIT))
   return new.astype(jnp.float32) * scale[1], fits
 
@@ -207,7 +217,7 @@ def add_units(w, scale, keys, units, plan, *, distribution):
       xla.add_units, distribution=distribution, offset=tile.offset
     )
     add = lambda old: _scan(step, old, keys, units, *tile.span)
-    part, fit = on_grid(tile.read(w), scale, add)
+    part, fit = on_grid(tile.read(w), scale, add, plan.tiled)
     return tile.write(w, part), fits & fit
 
   return fold(visit, (w, jnp.ones((), bool)), plan)

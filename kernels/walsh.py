@@ -94,43 +94,40 @@ def _shifts(key, groups, width, row, col):
   return xla.shifts(key[2:4], 2 * groups, width, first, left)
 
 
-def add(w, keys, coefficients, offset=(0, 0)):
-  """`w + sum_k c_k z_k`, one rounded add per entry and pool; see `spread`.
-
-  Args:
-    w: float32[R, C].
-    keys: uint32[P, 4], of P pools.
-    coefficients: float32[P, 4096], summed in the order of `transform`.
-    offset: as for `spread`.
-  """
-  return _add_all(w, keys, coefficients, offset)
-
-
-def _add_all(w, keys, coefficients, offset):
+def _add_all(w, keys, tables, offset):
   """Pool after pool, in a loop: the program does not grow with their number."""
-  add = lambda w, pool: (
-    w + spread(transform(pool[1]), pool[0], w.shape, offset),
-    None,
-  )
-  return lax.scan(add, w, (keys, coefficients))[0]
+
+  def add(w, pool):
+    key, table = pool
+    return w + spread(table, key, w.shape, offset), None
+
+  return lax.scan(add, w, (keys, tables))[0]
 
 
-def add_units(w, scale, keys, units, offset=(0, 0)):
-  """`tiles.add_units` of whole pools: exact.
+def add_units(w, scale, keys, units, *, looped: bool):
+  """`tiles.add_units` of whole pools, to a whole tensor: exact.
 
   Args:
     w: float32[R, C], multiples of 1 / scale[0].
     scale: a power of two and its inverse, float32[] each.
     keys: uint32[P, 4], of P pools.
     units: int32[P, 4096]; ask `tiles.sum_exceeds`.
-    offset: as for `spread`.
+    looped: visit tile after tile, for a CPU, and not all at once.
 
   Returns:
     An array like `w`, and bool[]: all entries were and are on the grid.
   """
+  tables = transform(units)
 
-  total = lambda old: _add_all(old, keys, units, offset)
-  return tiles.on_grid(w, scale, total)
+  def visit(carry, tile):
+    w, fits = carry
+    total = lambda old: _add_all(old, keys, tables, tile.offset)
+    part, fit = tiles.on_grid(tile.read(w), scale, total, looped)
+    return tile.write(w, part), fits & fit
+
+  whole = [((0, 0), w.shape)]
+  plan = tiles.Plan(whole, np.zeros((1, 2), int), looped, COLUMNS)
+  return tiles.fold(visit, (w, jnp.ones((), bool)), plan)
 
 
 def project(x, keys, offset=(0, 0), *, looped: bool):
@@ -218,7 +215,8 @@ class Parties(NamedTuple):
       start, stop = tile.span[c, 0], tile.span[c, 1]
       mine = jnp.roll(self.values[c], -start)
       mine = jnp.where(np.arange(len(mine)) < stop - start, mine, 0)
-      return _add_all(part, self.keys[c], by_pool(mine), tile.offset)
+      tables = transform(by_pool(mine))
+      return _add_all(part, self.keys[c], tables, tile.offset)
 
     return lax.fori_loop(0, len(self.keys), step, part)
 
@@ -254,7 +252,7 @@ def add_parties_units(w, scale, parties: Parties, plan):
   def visit(carry, tile):
     w, fits = carry
     total = lambda old: parties.sum(old, tile)
-    part, fit = tiles.on_grid(tile.read(w), scale, total)
+    part, fit = tiles.on_grid(tile.read(w), scale, total, True)
     return tile.write(w, part), fits & fit
 
   return tiles.fold(visit, (w, jnp.ones((), bool)), plan)
