@@ -183,7 +183,7 @@ def on_grid(w, scale, add: Callable[[jax.Array], jax.Array], tiled: bool):
   old = scaled.astype(jnp.int32)
   was = jnp.all((jnp.abs(scaled) < LIMIT) & (old.astype(jnp.float32) == scaled))
   if tiled:
-    # XLA on CPU would copy the whole tensor for every tile if a check needed the
+    # XLA on CPU would copy the whole tensor for each tile if a check needed the
     # old weights, or what is cheap to compute from them, after the write.
     off = lambda old: jnp.full_like(old, LIMIT)
     new = lax.cond(was, add, off, old)

@@ -209,7 +209,7 @@ def _rectangle(key, shape, offset, distribution, aligned):
   row, col = offset
   group = _ROWS[distribution]
   count = -(-(rows + (0 if aligned else group - 1)) // group)
-  words = hashes(key, count, cols, row // np.uint32(group), col)
+  words = _words(key, count, cols, row // np.uint32(group), col)
   whole = _EXPAND[distribution](words).reshape(count * group, cols)
   if aligned:
     return whole[:rows]
@@ -332,7 +332,7 @@ def _signed_sums(x, key, offset):
   rows, cols = x.shape
   count, parts = rows // 64, 8
   x = x.reshape(count, 2, parts, 32 // parts, cols)
-  words = hashes(key, count, cols, offset[0] // np.uint32(64), offset[1])
+  words = _words(key, count, cols, offset[0] // np.uint32(64), offset[1])
   shape = (count, 2, 32 // parts, cols)
   words = jnp.broadcast_to(words[:, :, None, :], shape)
   total = jnp.zeros(shape, jnp.float32)
