@@ -28,6 +28,7 @@ import pathlib
 import re
 import tempfile
 import time
+from typing import Any
 
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')  # no device is touched
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')  # not on a cloud machine
@@ -136,7 +137,7 @@ def compile_one(module, operation: str, shape, dtype, sharding) -> dict:
   lowered = jitted.lower(*arguments(operation, shape, dtype, sharding))
   compiled = lowered.compile()
   seconds = time.perf_counter() - start
-  memory = compiled.memory_analysis()
+  memory: Any = compiled.memory_analysis()
   return {
     'seconds': round(seconds, 2),
     'temporary': memory.temp_size_in_bytes,

@@ -1,6 +1,6 @@
 """Leaf-level operations of shared randomness; installed as `jaxfl.kernels`.
 
-`jaxfl.perturb` and `jaxfl.blocks` are the only importers. The folder lies at
+In `jaxfl`, `perturb` and `blocks` are the only importers. The folder lies at
 the top of the repository, but `kernels` is a name that another package on PyPI
 owns, so this code answers to `jaxfl.kernels` alone. Under the other name it is
 an empty module: libraries that only look whether there is a package `kernels`
@@ -22,7 +22,7 @@ code of both kernels runs in JAX's interpret modes and has the bits of the NumPy
 reference; both lower for their platforms; and `experiments.compile_kernels`
 compiles them ahead of time for TPU v5e and v6e and for sm_90a. The layouts that
 `mosaic_gpu` gives to registers do not exist in interpret mode. Neither kernel
-has been timed.
+has run on a device yet, or been timed.
 """
 
 if __name__ != 'jaxfl.kernels':

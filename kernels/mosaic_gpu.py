@@ -8,11 +8,11 @@ per column and direction. Keys and amounts are read from global memory.
 Columns are padded to a multiple of 128, and the rows that are left over by 64
 are tiles of their own. The kernels run on any backend with `interpret`, an
 instance of JAX's `InterpretGPUParams`; they are the same there but for the
-layouts, which that mode does not know.
+layouts, which that mode does not know, and for how an array becomes a Ref.
 
 The form of `pl.kernel` that updates a Ref in place is the same in JAX 0.10 and
 0.11, so there is no other case; what may change with the next version of JAX is
-in `_run` and `_columns`.
+in `_run`, `_in_place` and `_columns`.
 """
 
 import functools
@@ -47,6 +47,15 @@ def _run(body, tiles, *args, out_type=(), interpret=False) -> Any:
     interpret=interpret,
     name=body.func.__name__.strip('_'),
   )(*args)
+
+
+def _in_place(update, x, interpret):
+  """The array after `update(ref)`, without a copy if it is not used again."""
+  if interpret:  # asks for the memory space, which `run_state` leaves open
+    ref = jax.new_ref(x, memory_space=plgpu.GMEM)
+    update(ref)
+    return jax.freeze(ref)
+  return pl.run_state(update)(x)  # `vmap` can't have a Ref of the other kind
 
 
 def _columns(interpret):
@@ -130,7 +139,7 @@ def add(w, keys, amounts, offset=(0, 0), *, interpret=False):
       )
       _run(body, tiles, *args, ref, interpret=interpret)
 
-  return pl.run_state(update)(_pad(w))[:, : w.shape[1]]
+  return _in_place(update, _pad(w), interpret)[:, : w.shape[1]]
 
 
 def _pad(x):
