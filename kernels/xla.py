@@ -161,9 +161,9 @@ def _rectangle(key, shape, offset, distribution, aligned):
   return lax.dynamic_slice(whole, start, shape)
 
 
-def _raw(key, shape, distribution, offset):
+def _raw(key, shape, distribution, offset, aligned=True):
   """The raw field in the shape of a tensor or rectangle; see `add`."""
-  raw = _rectangle(key, view(shape), _position(offset), distribution, True)
+  raw = _rectangle(key, view(shape), _position(offset), distribution, aligned)
   return raw.reshape(shape)
 
 
@@ -176,7 +176,7 @@ def _as_field(raw, distribution):
   return raw
 
 
-def field(key, shape, offset, *, distribution):
+def field(key, shape, offset, *, distribution, aligned=False):
   """The field z of a tensor, or of a rectangle of its (R, C) view.
 
   Args:
@@ -184,6 +184,7 @@ def field(key, shape, offset, *, distribution):
     shape: shape of the result; viewed as (rows, cols).
     offset: (row, column) of the rectangle; Python integers or uint32[] values.
     distribution: one of `DISTRIBUTIONS`.
+    aligned: whether a row that is traced is known to be a multiple of 64.
 
   Returns:
     float32[shape].
@@ -194,7 +195,7 @@ def field(key, shape, offset, *, distribution):
     _position(offset),
     shape=shape,
     distribution=distribution,
-    aligned=isinstance(row, int) and row % _ROWS[distribution] == 0,
+    aligned=aligned or isinstance(row, int) and row % _ROWS[distribution] == 0,
   )
 
 
@@ -206,8 +207,65 @@ def _field(key, offset, *, shape, distribution, aligned):
   return _as_field(raw, distribution).reshape(shape)
 
 
+def field_rows(key, rows, cols, *, distribution):
+  """The field z of whole rows at any places: of a table that is looked up.
+
+  Args:
+    key: uint32[2], a leaf key.
+    rows: uint32[...], numbers of rows of the (R, C) view.
+    cols: C.
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    float32[..., C].
+  """
+  group = _ROWS[distribution]
+  row = jnp.broadcast_to(rows.reshape(-1, 1), (rows.size, cols))
+  counter, place = row // np.uint32(group), row % np.uint32(group)
+  a, b = keys.threefry2x32(key[0], key[1], counter, _iota(row.shape, 1))
+  if distribution == 'gaussian':
+    both = _expand_normals(jnp.stack([a, b], axis=1))
+    raw = jnp.where(place == 0, both[:, 0], both[:, 1])
+  else:
+    half = np.uint32(group // 2)
+    word = jnp.where(place < half, a, b)
+    if distribution == 'rademacher':
+      raw = (word << (np.uint32(31) - place % half)) & _SIGN
+    else:
+      bits = (word >> (np.uint32(16) * (place % half))) & np.uint32(0xFFFF)
+      raw = lax.population_count(bits).astype(jnp.int32) - np.int32(8)
+  return _as_field(raw, distribution).reshape(*rows.shape, cols)
+
+
+def _plus(w, z, scale):
+  """`w + scale * z` for a float32 field; see `add`."""
+  sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
+  step = _flip(scale * jnp.abs(z), sign)
+  return (w.astype(jnp.float32) + step).astype(w.dtype)
+
+
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
-def add(w, key, scale, *, distribution, offset=(0, 0)):
+def add_rows(w, key, scale, rows, *, distribution):
+  """`add` on rows at any places.
+
+  Args:
+    w: float[..., C], rows of a table.
+    key: uint32[2], its leaf key.
+    scale: float32[].
+    rows: uint32[...], their numbers in the (R, C) view.
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    An array like `w`.
+  """
+  z = field_rows(key, rows, w.shape[-1], distribution=distribution)
+  return _plus(w, z, scale)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('distribution', 'aligned'), inline=True
+)
+def add(w, key, scale, *, distribution, offset=(0, 0), aligned=True):
   """`w + scale * z`, rounded once per operation in float32.
 
   The sign of z is applied to the bits of the product, so that no compiler can
@@ -219,21 +277,20 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
     scale: float32[].
     distribution: one of `DISTRIBUTIONS`.
     offset: if `w` is a rectangle of the (R, C) view of a tensor, its first row,
-      a multiple of 64, and column; Python integers or uint32[] values.
+      a multiple of 64 if `aligned`, and column; Python integers or uint32[]
+      values.
+    aligned: false for a first row at any place.
 
   Returns:
     An array like `w`.
   """
   if not w.size:
     return w
-  raw = _raw(key, w.shape, distribution, offset)
+  raw = _raw(key, w.shape, distribution, offset, aligned)
   if distribution == 'rademacher':
     step = _flip(scale, raw)
-  else:
-    z = _as_field(raw, distribution)
-    sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
-    step = _flip(scale * jnp.abs(z), sign)
-  return (w.astype(jnp.float32) + step).astype(w.dtype)
+    return (w.astype(jnp.float32) + step).astype(w.dtype)
+  return _plus(w, _as_field(raw, distribution), scale)
 
 
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
