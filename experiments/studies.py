@@ -338,6 +338,21 @@ STUDIES = {
     needs=(),
     log_x=True,
   ),
+  'low_rank_text': Study(
+    'One-byte SPSA by rank of the directions; the embedded model on Python'
+    ' source',
+    {
+      name: {'num_rounds': 30, 'distribution': distribution}
+      for name, distribution in (
+        ('signs', 'rademacher'),
+        ('rank 1', 'rank1'),
+        ('rank 16', 'rank16'),
+      )
+    },
+    ('bits_per_byte', 'accuracy'),
+    x=('forwards',),
+    needs=(),
+  ),
   'decomfl_mnist': Study(
     'DeComFL and FedAvg; a CNN of 28,938 parameters on MNIST, 5 clients',
     {

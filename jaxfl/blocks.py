@@ -17,6 +17,8 @@ of them.
   * `project`: the inner products of a difference with its blocks' directions.
   * `reconstruct`: the transpose of it, summed over parties.
   * `add_units`: the same on grid weights (`jaxfl.grid`), as exact integers.
+
+Low-rank directions have no rectangles, and so none of these.
 """
 
 import itertools
@@ -31,6 +33,7 @@ from jaxfl import checks, keys
 from jaxfl import typing as jt
 from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
+DISTRIBUTIONS = xla.DISTRIBUTIONS
 _GROUP = 64  # rows that share a word of the field
 
 
@@ -147,7 +150,9 @@ def project(
     TypeError: if `delta` is not floating-point (the path is named) or the
       directions are not uint32.
   """
-  checks.distribution(distribution, xla.DISTRIBUTIONS)
+  checks.distribution(
+    distribution, DISTRIBUTIONS, 'is not a distribution of blocks'
+  )
   directions = checks.key('directions', directions, '[N, 2]')
   counts = _counts(counts, (len(blocks),))
   leaves = checks.named_arrays(delta)
@@ -192,7 +197,9 @@ def reconstruct(
     ValueError: if the distribution is unknown, or a block or a shape is wrong.
     TypeError: if the directions are not uint32.
   """
-  checks.distribution(distribution, xla.DISTRIBUTIONS)
+  checks.distribution(
+    distribution, DISTRIBUTIONS, 'is not a distribution of blocks'
+  )
   like = jax.tree.map(
     lambda x: jnp.zeros(np.shape(x), jnp.float32), params_like
   )
@@ -243,7 +250,9 @@ def add_units(
     TypeError: if a parameter is not float32 (the path is named), the units are
       not integers, or the directions are not uint32.
   """
-  checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
+  checks.distribution(
+    distribution, xla.LARGEST, 'has no exact integer form on blocks'
+  )
   leaves = checks.named_arrays(params)
   packed = _pack(blocks, counts, directions, checks.as_int32('units', units))
   treedef = jax.tree.structure(params)
@@ -251,7 +260,8 @@ def add_units(
   # one block after the other: all at once would need L * C * N entries
   too_large = jax.lax.map(
     lambda i: tiles.sum_exceeds(
-      jnp.where(packed.block == i, packed.values, 0), distribution
+      jnp.where(packed.block == i, packed.values, 0),
+      xla.LARGEST[distribution],
     ),
     jnp.arange(len(blocks)),
   )

@@ -9,9 +9,9 @@ the loop over their layers, so that no whole copy of the weights is made:
 
 Boxes are those of Flax: `self.param` opens them unasked, and the loop over the
 layers cuts them like arrays, as they are pytrees whose arrays all have a layer
-axis (but for parameters outside of the layers). There are three:
+axis (but for parameters outside of the layers). There are
 
-  * `Perturbed`: `w + scale * z`, with the bits of `perturb.perturb`.
+  * `Perturbed`, `Factored`: `w + scale * z`, as of `perturb.perturb`.
   * `jaxfl.adapters.LowRank`: `W + alpha / rank * A B`.
   * `jaxfl.int8.Int8`: weights of eight bits.
 
@@ -27,7 +27,6 @@ A matrix in a box is multiplied in one of two forms, `FORMS`:
 
 import abc
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -37,7 +36,7 @@ from flax import linen as nn
 
 from jaxfl import checks, perturb
 from jaxfl import typing as jt
-from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import lowrank, xla  # pyright: ignore[reportMissingImports]
 
 FORMS = ('temporary', 'split')
 LAYERS = 'layers/'  # the parameters that have a leading layer axis
@@ -84,7 +83,10 @@ class Box(nn.meta.AxisMetadata):
 
   def unbox(self) -> jax.Array:
     """The array."""
-    w = self.make()
+    return self.convert(self.make())
+
+  def convert(self, w: jax.Array) -> jax.Array:
+    """The array, or rows of it, after the casts."""
     for dtype in self.casts:
       w = w.astype(dtype)
     return w
@@ -116,29 +118,18 @@ def register(*meta: str):
   return wrap
 
 
-@register('distribution', 'form', 'aligned', 'casts')
-class Perturbed(Box):
-  """`base + scale * z`, of a tensor or of a rectangle of its (R, C) view.
+class Step(Box):
+  """`base + scale * z`: what `Perturbed` and `Factored` share.
 
   Attributes:
     base: float[...].
-    key: the leaf key, uint32[2].
     scale: float32[].
-    offset: row and column of the rectangle, uint32[2].
-    distribution: of z.
     form: one of `FORMS`.
-    aligned: whether the row is a multiple of 64.
-    casts: see `Box`.
   """
 
   base: Any
-  key: Any
   scale: Any
-  offset: Any
-  distribution: str
   form: str
-  aligned: bool
-  casts: tuple[str, ...] = ()
 
   @property
   def shape(self):
@@ -147,6 +138,53 @@ class Perturbed(Box):
   @property
   def made_dtype(self):
     return self.base.dtype
+
+  @abc.abstractmethod
+  def dot_z(self, x: jax.Array, axis: int) -> jax.Array:
+    """`dot` with z instead, float32."""
+
+  @abc.abstractmethod
+  def rows_of_z(self, index: jax.Array) -> jax.Array:
+    """z of the rows of a matrix, float32[..., C] at uint32[...]."""
+
+  @abc.abstractmethod
+  def part(self, start: Any, size: int, axis: int) -> 'Step':
+    """The box of a part of a matrix; a first row is a multiple of 64."""
+
+  def dot(self, x, axis=0):
+    if self.form == 'temporary':
+      return _dot(x, self.unbox(), axis)
+    total = _dot32(x, self.base, axis) + self.scale * self.dot_z(x, axis)
+    return total.astype(x.dtype)
+
+  def take(self, index: jax.Array) -> jax.Array:
+    """Rows of a matrix, [..., C] at integers [...]; nan for none."""
+    rows = jnp.where(index < 0, index + self.shape[0], index)
+    step = xla.times(self.scale, self.rows_of_z(rows.astype(jnp.uint32)))
+    w = jnp.take(self.base, index, axis=0)
+    return self.convert((w.astype(jnp.float32) + step).astype(w.dtype))
+
+
+@register('distribution', 'form', 'aligned', 'casts')
+class Perturbed(Step):
+  """A tensor, or a rectangle of its (R, C) view, along a field of `xla`.
+
+  Attributes:
+    base, scale, form, casts: see `Step` and `Box`.
+    key: the leaf key, uint32[2].
+    offset: row and column of the rectangle, uint32[2].
+    distribution: of z.
+    aligned: whether the row is a multiple of 64.
+  """
+
+  base: Any
+  scale: Any
+  key: Any
+  offset: Any
+  distribution: str
+  form: str
+  aligned: bool
+  casts: tuple[str, ...] = ()
 
   def _where(self):
     return {
@@ -158,30 +196,71 @@ class Perturbed(Box):
   def make(self):
     return xla.add(self.base, self.key, self.scale, **self._where())
 
-  def dot(self, x, axis=0):
-    if self.form == 'temporary':
-      return _dot(x, self.unbox(), axis)
+  def dot_z(self, x, axis):
     z = xla.field(self.key, self.shape, **self._where())
-    total = _dot32(x, self.base, axis) + self.scale * _dot32(x, z, axis)
-    return total.astype(x.dtype)
+    return _dot32(x, z, axis)
 
-  def take(self, index: jax.Array) -> jax.Array:
-    """Rows of this matrix, [..., C] at integers [...]; nan for none."""
-    rows = jnp.where(index < 0, index + self.shape[0], index)
-    rows = rows.astype(jnp.uint32) + self.offset[0]
-    w = jnp.take(self.base, index, axis=0)
-    w = xla.add_rows(
-      w, self.key, self.scale, rows, distribution=self.distribution
+  def rows_of_z(self, index):
+    return xla.field_rows(
+      self.key,
+      index + self.offset[0],
+      self.shape[1],
+      distribution=self.distribution,
     )
-    for dtype in self.casts:
-      w = w.astype(dtype)
-    return w
 
-  def part(self, start: Any, size: int, axis: int) -> 'Perturbed':
-    """The box of a part of this matrix; a first row is a multiple of 64."""
+  def part(self, start, size, axis):
     base = jax.lax.dynamic_slice_in_dim(self.base, start, size, axis)
     move = jnp.zeros(2, jnp.uint32).at[axis].set(jnp.uint32(start))
     return dataclasses.replace(self, base=base, offset=self.offset + move)
+
+
+@register('form', 'casts')
+class Factored(Step):
+  """A tensor along a low-rank direction, z = u v / sqrt(r).
+
+  Attributes:
+    base, scale, form, casts: see `Step` and `Box`.
+    u: signs, int8[..., R, r]; small enough to be held for all layers.
+    v: signs, int8[..., r, C].
+  """
+
+  base: Any
+  scale: Any
+  u: Any
+  v: Any
+  form: str
+  casts: tuple[str, ...] = ()
+
+  def _unit(self):
+    return np.float32(self.u.shape[-1] ** -0.5)
+
+  def make(self):
+    step = xla.times(self.scale, _z(self.u, self.v).reshape(self.shape))
+    return (self.base.astype(jnp.float32) + step).astype(self.base.dtype)
+
+  def dot_z(self, x, axis):
+    u, v = (self.u, self.v) if axis == 0 else (self.v.T, self.u.T)
+    inner = _dot32(x, u, 0) * self._unit()
+    return jnp.dot(inner, v.astype(jnp.float32))
+
+  def rows_of_z(self, index):
+    return _z(self.u[index], self.v)
+
+  def part(self, start, size, axis):
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    if axis == 0:
+      return dataclasses.replace(self, base=cut(self.base), u=cut(self.u))
+    return dataclasses.replace(self, base=cut(self.base), v=cut(self.v))
+
+
+def _z(u, v):
+  """z from factors; exact, as its entries are integers over sqrt(r)."""
+  z = jnp.matmul(
+    u.astype(jnp.bfloat16),
+    v.astype(jnp.bfloat16),
+    preferred_element_type=jnp.float32,
+  )
+  return z * np.float32(u.shape[-1] ** -0.5)
 
 
 def _dot(x, w, axis):
@@ -230,7 +309,7 @@ def wide_dot(
   other = 1 - axis
   total = w.shape[other]
   step = max(64, (entries or PART) // w.shape[axis] // 64 * 64)
-  if not isinstance(w, Perturbed) or step >= total:
+  if not isinstance(w, Step) or step >= total:
     return dot(x, w, axis)
   part = lambda start, size: w.part(start, size, other).dot(x, axis)
 
@@ -251,7 +330,7 @@ def take(w: Any, index: jax.Array) -> jax.Array:
 
   A table with fewer rows than are looked up is made whole.
   """
-  if isinstance(w, Perturbed) and w.shape[0] > index.size:
+  if isinstance(w, Step) and w.shape[0] > index.size:
     return w.take(index)
   return jnp.take(nn.meta.unbox(w), index, axis=0)
 
@@ -298,27 +377,44 @@ def perturbed(
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
   leaves = checks.named_arrays(params)
-  boxes = []
-  for (path, w), key in zip(
-    leaves.items(), perturb._leaf_keys(direction, leaves), strict=True
-  ):
-    box = functools.partial(Perturbed, distribution=distribution, form=form)
-    if not path.startswith(LAYERS):
-      at = jnp.zeros(2, jnp.uint32)
-      boxes.append(box(w, key, scale, at, aligned=True))
-      continue
-    count, (rows, _) = w.shape[0], xla.view(w.shape[1:])
-    offset = np.zeros((count, 2), np.uint32)
-    # the layers of scalars are the columns of one row
-    offset[:, 0 if w.ndim > 1 else 1] = np.arange(count) * rows
-    each = lambda x, n=count: jnp.broadcast_to(x, (n, *x.shape))
-    boxes.append(
-      box(
-        w,
-        each(key),
-        each(scale),
-        jnp.asarray(offset),
-        aligned=w.ndim == 1 or rows % 64 == 0,
-      )
+  step = _factored if distribution in lowrank.RANKS else _field_step
+  boxes = [
+    step(w, key, scale, distribution, form, path.startswith(LAYERS))
+    for (path, w), key in zip(
+      leaves.items(), perturb._leaf_keys(direction, leaves), strict=True
     )
+  ]
   return jax.tree.structure(params).unflatten(boxes)
+
+
+def _each(x, count):
+  """The same for all layers."""
+  return jnp.broadcast_to(x, (count, *jnp.shape(x)))
+
+
+def _field_step(w, key, scale, distribution, form, stacked):
+  """A `Perturbed`, with a layer axis for a stacked tensor."""
+  if not stacked:
+    at = jnp.zeros(2, jnp.uint32)
+    return Perturbed(w, scale, key, at, distribution, form, aligned=True)
+  count, (rows, _) = w.shape[0], xla.view(w.shape[1:])
+  offset = np.zeros((count, 2), np.uint32)
+  # the layers of scalars are the columns of one row
+  offset[:, 0 if w.ndim > 1 else 1] = np.arange(count) * rows
+  aligned = w.ndim == 1 or rows % 64 == 0
+  shared = _each(scale, count), _each(key, count), jnp.asarray(offset)
+  return Perturbed(w, *shared, distribution, form, aligned)
+
+
+def _factored(w, key, scale, distribution, form, stacked):
+  """A `Factored`, with a layer axis for a stacked tensor."""
+  rank = lowrank.RANKS[distribution]
+  u, v = lowrank.factors(key, w.shape, rank, dtype=jnp.int8)
+  if not stacked:
+    return Factored(w, scale, u, v, form)
+  count = w.shape[0]
+  if w.ndim == 1:  # the layers are the columns of one matrix
+    u, v = _each(u, count), v.T[:, :, None]
+  elif w.ndim == 2:  # they are its rows
+    u, v = u[:, None], _each(v, count)
+  return Factored(w, _each(scale, count), u, v, form)

@@ -3,13 +3,17 @@
 A direction z is never stored. Entry (r, c) of the tensor at `path` is a
 function of (r, c) and of the leaf key `keys.leaf_key(direction, path)` alone,
 as defined in `jaxfl.kernels.xla`: the same under jit, vmap, sharding and
-tiling, and on every machine. Three distributions of mean 0 and variance 1:
+tiling, and on every machine. Distributions of mean 0 and variance 1:
 
   * 'rademacher': signs. The default, and the fastest. Exact on every backend.
   * 'popcount16': 17 levels in [-4, 4], nearly Gaussian (kurtosis 2.875). Exact
     on every backend.
   * 'gaussian': for comparison with papers. Not bit-exact: the last bits may
     differ between backends, shardings and rectangles.
+  * 'rank1', 'rank4', 'rank16': every matrix a product of two sign matrices of
+    that inner dimension, as defined in `jaxfl.kernels.lowrank`. Exact on every
+    backend; many directions are one product of matrices in `replay_int` and
+    `project`. Entries are uncorrelated, but not independent.
 
 and three ways to apply it, from rounded to exact:
 
@@ -34,11 +38,19 @@ import numpy as np
 
 from jaxfl import checks, keys
 from jaxfl import typing as jt
-from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  lowrank,
+  tiles,
+  xla,
+)
 
-DISTRIBUTIONS = xla.DISTRIBUTIONS
-# z as a multiple of the integer field that `replay_int` adds
-FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)}
+DISTRIBUTIONS = (*xla.DISTRIBUTIONS, *lowrank.RANKS)
+# The largest magnitude of the integer field that `replay_int` adds, and z as a
+# multiple of the field.
+LARGEST = xla.LARGEST | lowrank.RANKS
+FIELD_UNIT = {'rademacher': np.float32(1.0), 'popcount16': np.float32(0.5)} | {
+  name: np.float32(rank**-0.5) for name, rank in lowrank.RANKS.items()
+}
 
 
 def _leaf_keys(directions: jax.Array, paths) -> list[jax.Array]:
@@ -77,20 +89,26 @@ def field(
     path: the tensor's path in its pytree, as in `keys.path_str`.
     shape: shape of the result. Any rank; viewed as (rows, columns), columns
       being the last dimension, a vector one row and a scalar one entry.
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
     offset: row and column of the rectangle in the tensor's (rows, columns)
-      view. Python integers, or uint32[] values that may be traced.
+      view. Python integers, or uint32[] values that may be traced. (0, 0) for
+      low-rank directions, which have no rectangles.
 
   Returns:
     float32[shape], equal to the slice of the whole field (for 'gaussian', up
     to rounding).
 
   Raises:
-    ValueError: if the distribution is unknown or the direction's shape wrong.
+    ValueError: if the distribution is unknown, the direction's shape wrong, or
+      there is no such rectangle.
     TypeError: if the direction is not uint32.
   """
   checks.distribution(distribution, DISTRIBUTIONS)
   key = keys.leaf_key(checks.key('direction', direction, '[2]'), path)
+  if distribution in lowrank.RANKS:
+    if not all(isinstance(x, int) and x == 0 for x in offset):
+      raise ValueError(f'{distribution!r} has no rectangles: offset {offset}')
+    return lowrank.field(key, tuple(shape), distribution=distribution)
   return xla.field(key, tuple(shape), offset, distribution=distribution)
 
 
@@ -108,7 +126,7 @@ def perturb(
       is; other types are computed in float32 and cast back once.
     direction: uint32[2].
     scale: float32[].
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
 
   Returns:
     Pytree like `params`. One float32 rounding per entry for 'rademacher', one
@@ -126,8 +144,9 @@ def perturb(
   if scale.ndim:
     raise ValueError(f'scale must be a scalar, got shape {scale.shape}')
   leaves = checks.named_arrays(params)
+  add = lowrank.add if distribution in lowrank.RANKS else xla.add
   new = [
-    xla.add(w, key, scale, distribution=distribution)
+    add(w, key, scale, distribution=distribution)
     for w, key in zip(
       leaves.values(), _leaf_keys(direction, leaves), strict=True
     )
@@ -149,11 +168,12 @@ def replay(
     params: pytree of floating-point arrays.
     directions: uint32[K, 2].
     coefficients: float32[K], the scales.
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
     tiled: apply all directions to a piece of a tensor before the next one is
       read. Faster for tensors beyond the cache of a CPU; the bits are the same,
       except for 'gaussian'. Not for sharded tensors. The default is true where
-      there is one device, a CPU, but for 'gaussian'.
+      there is one device, a CPU, but for 'gaussian'. Low-rank directions need
+      no tiles, whatever it says.
 
   Returns:
     Pytree like `params`.
@@ -177,6 +197,10 @@ def replay(
     tiled = False  # tiles would change last bits
 
   def leaf(w, leaf_keys):
+    if distribution in lowrank.RANKS:
+      return lowrank.replay(
+        w, leaf_keys, coefficients, distribution=distribution
+      )
     x, plan = _whole(w, len(coefficients), tiled)
     x = tiles.add(x, leaf_keys, coefficients, plan, distribution=distribution)
     return x.reshape(w.shape)
@@ -200,8 +224,10 @@ def replay_int(
 
       W' = W + sum_k units_k Z_k,    w' = W' 2**-e
 
-  where Z is z for 'rademacher' and 2 z, in [-8, 8], for 'popcount16' (so that a
-  unit there is half of a coefficient in steps of 2**-e). Everything is int32.
+  where Z is the integer field and z = `FIELD_UNIT` Z: z for 'rademacher', 2 z
+  in [-8, 8] for 'popcount16' (so that a unit there is half of a coefficient in
+  steps of 2**-e), and sqrt(r) z in [-r, r] for rank r. Everything is int32, or
+  integers that float32 holds.
 
   Args:
     params: pytree of float32 arrays on their grids: multiples of 2**-e of
@@ -209,7 +235,7 @@ def replay_int(
     directions: uint32[K, 2].
     units: pytree like `params` of integers [K], at most int32.
     exponents: pytree like `params` of int32[]; |e| <= 100.
-    distribution: 'rademacher' or 'popcount16'.
+    distribution: a key of `FIELD_UNIT`.
     tiled: as for `replay`.
 
   Returns:
@@ -224,7 +250,7 @@ def replay_int(
     TypeError: if a parameter is not float32, units are not integers (the path
       is named), or directions are not uint32.
   """
-  checks.distribution(distribution, xla.LARGEST, 'has no exact integer form')
+  checks.distribution(distribution, FIELD_UNIT, 'has no exact integer form')
   directions = checks.key('directions', directions, '[K, 2]')
   leaves = checks.named_arrays(params)
   treedef = jax.tree.structure(params)
@@ -236,11 +262,20 @@ def replay_int(
         f'{path!r}: expected units [{directions.shape[0]}], got {unit.shape}'
       )
     *scale, overflow = checks.grid_scale(path, w, e)
-    x, plan = _whole(w, len(unit), tiled)
-    x, fits = tiles.add_units(
-      x, scale, leaf_keys, unit, plan, distribution=distribution
-    )
-    overflow |= ~fits | tiles.sum_exceeds(unit, distribution)
+    if distribution in lowrank.RANKS:
+      x, fits = tiles.on_grid(
+        w,
+        scale,
+        lambda total: lowrank.add_units(
+          total, leaf_keys, unit, distribution=distribution
+        ),
+      )
+    else:
+      x, plan = _whole(w, len(unit), tiled)
+      x, fits = tiles.add_units(
+        x, scale, leaf_keys, unit, plan, distribution=distribution
+      )
+    overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST[distribution])
     return x.reshape(w.shape), overflow
 
   results = [
@@ -271,7 +306,7 @@ def project(
   Args:
     delta: pytree of floating-point arrays.
     directions: uint32[K, 2].
-    distribution: 'rademacher', 'popcount16' or 'gaussian'.
+    distribution: one of `DISTRIBUTIONS`.
     tiled: as for `replay`, but the sums are grouped otherwise.
 
   Returns:
@@ -291,6 +326,9 @@ def project(
   for x, leaf_keys in zip(
     leaves.values(), _leaf_keys(directions, leaves), strict=True
   ):
+    if distribution in lowrank.RANKS:
+      total += lowrank.project(x, leaf_keys, distribution=distribution)
+      continue
     x, plan = _whole(x, len(directions), tiled)
     total += tiles.project(x, leaf_keys, plan, distribution=distribution)
   return total

@@ -56,10 +56,10 @@ def units(
     Pytree of int32[K].
   """
   q = exponent(exponents)
-  halves = int(perturb.FIELD_UNIT[distribution] == 0.5)  # its field is 2 z
+  finer = int(-np.log2(perturb.FIELD_UNIT[distribution]))  # its field is larger
 
   def leaf(e):
-    shift = jnp.minimum(q - e + halves, 31)
+    shift = jnp.minimum(q - e + finer, 31)
     return (coordinates + (1 << (shift - 1))) >> shift
 
   return jax.tree.map(leaf, exponents)

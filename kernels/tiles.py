@@ -161,6 +161,30 @@ def add(w, keys, scales, plan, *, distribution):
   return fold(visit, w, plan)
 
 
+def on_grid(w, scale, add: Callable[[jax.Array], jax.Array]):
+  """Applies `add`, int32 to int32, to weights in grid steps.
+
+  Args:
+    w: float32[...], multiples of 1 / scale[0] below `LIMIT` of them.
+    scale: a power of two and its inverse, float32[] each.
+    add: the result may wrap modulo 2**32.
+
+  Returns:
+    An array like `w`, and bool[]: all old entries were as asked for, and the
+    new ones are.
+  """
+  scaled = w * scale[0]
+  old = scaled.astype(jnp.int32)
+  new = add(old)
+  fits = jnp.all(
+    (jnp.abs(scaled) < LIMIT)
+    & (old.astype(jnp.float32) == scaled)
+    & (new < LIMIT)
+    & (new > -LIMIT)
+  )
+  return new.astype(jnp.float32) * scale[1], fits
+
+
 def add_units(w, scale, keys, units, plan, *, distribution):
   """Grid weights plus `units[i] * Z_i` grid steps in every rectangle, in int32.
 
@@ -184,30 +208,23 @@ def add_units(w, scale, keys, units, plan, *, distribution):
     step = functools.partial(
       xla.add_units, distribution=distribution, offset=tile.offset
     )
-    scaled = tile.read(w) * scale[0]
-    old = scaled.astype(jnp.int32)
-    new = _scan(step, old, keys, units, *tile.span)
-    fits &= jnp.all(
-      (jnp.abs(scaled) < LIMIT)
-      & (old.astype(jnp.float32) == scaled)
-      & (new < LIMIT)
-      & (new > -LIMIT)
-    )
-    return tile.write(w, new.astype(jnp.float32) * scale[1]), fits
+    add = lambda old: _scan(step, old, keys, units, *tile.span)
+    part, part_fits = on_grid(tile.read(w), scale, add)
+    return tile.write(w, part), fits & part_fits
 
   return fold(visit, (w, jnp.ones((), bool)), plan)
 
 
-def sum_exceeds(units: jax.Array, distribution: str) -> jax.Array:
+def sum_exceeds(units: jax.Array, largest: int) -> jax.Array:
   """bool[...]: a sum of such units and a weight might leave int32.
 
   A sum that saturates above the limit can't wrap in uint32, and is associative.
 
   Args:
     units: int32[..., K].
-    distribution: 'rademacher' or 'popcount16'.
+    largest: magnitude of the integer field.
   """
-  limit = (2**31 - 1 - LIMIT) // xla.LARGEST[distribution]
+  limit = (2**31 - 1 - LIMIT) // largest
   top = np.uint32(limit + 1)
   bits = lax.bitcast_convert_type(units, jnp.uint32)
   magnitude = jnp.where(units < 0, ~bits + np.uint32(1), bits)

@@ -21,7 +21,7 @@ differ between backends, and between the layouts of one backend.
 A word serves many elements. XLA on CPU would fuse the hash into its consumers
 and evaluate it once per element; `optimization_barrier` does not prevent that
 and a loop of one iteration is inlined. It never duplicates a reduction, so
-`_words` returns its two words from one variadic reduction. (An integer division
+`hashes` returns its two words from one variadic reduction. (An integer division
 is kept apart too, but then each word costs a hash of its own.)
 
 Under GSPMD a tensor is updated without communication if every shard holds whole
@@ -78,7 +78,7 @@ def _flip(x, sign):
   return lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _words(key, count, cols, first, col):
+def hashes(key, count, cols, first, col):
   """Hashes of the counters (first + i, col + c): uint32[count, 2, cols].
 
   The reduction runs over a leading axis of two entries, the second of which is
@@ -106,7 +106,7 @@ def _polynomial(coefficients, x):
   return value
 
 
-def _expand_signs(words):
+def expand_signs(words):
   count, _, cols = words.shape
   shift = np.uint32(31) - _iota((count, 2, 32, cols), 2)
   return (words[:, :, None, :] << shift) & _SIGN
@@ -141,7 +141,7 @@ def _expand_normals(words):
 
 
 _EXPAND = {
-  'rademacher': _expand_signs,
+  'rademacher': expand_signs,
   'popcount16': _expand_popcounts,
   'gaussian': _expand_normals,
 }
@@ -153,7 +153,7 @@ def _rectangle(key, shape, offset, distribution, aligned):
   row, col = offset
   group = _ROWS[distribution]
   count = -(-(rows + (0 if aligned else group - 1)) // group)
-  words = _words(key, count, cols, row // np.uint32(group), col)
+  words = hashes(key, count, cols, row // np.uint32(group), col)
   whole = _EXPAND[distribution](words).reshape(count * group, cols)
   if aligned:
     return whole[:rows]
@@ -237,11 +237,14 @@ def field_rows(key, rows, cols, *, distribution):
   return _as_field(raw, distribution).reshape(*rows.shape, cols)
 
 
-def _plus(w, z, scale):
-  """`w + scale * z` for a float32 field; see `add`."""
+def times(scale, z):
+  """`scale * z`, float32.
+
+  The sign of z is applied to the bits of the product, so that no compiler can
+  contract the product and a sum into one FMA.
+  """
   sign = lax.bitcast_convert_type(z, jnp.uint32) & _SIGN
-  step = _flip(scale * jnp.abs(z), sign)
-  return (w.astype(jnp.float32) + step).astype(w.dtype)
+  return _flip(scale * jnp.abs(z), sign)
 
 
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
@@ -259,7 +262,7 @@ def add_rows(w, key, scale, rows, *, distribution):
     An array like `w`.
   """
   z = field_rows(key, rows, w.shape[-1], distribution=distribution)
-  return _plus(w, z, scale)
+  return (w.astype(jnp.float32) + times(scale, z)).astype(w.dtype)
 
 
 @functools.partial(
@@ -268,8 +271,7 @@ def add_rows(w, key, scale, rows, *, distribution):
 def add(w, key, scale, *, distribution, offset=(0, 0), aligned=True):
   """`w + scale * z`, rounded once per operation in float32.
 
-  The sign of z is applied to the bits of the product, so that no compiler can
-  contract the product and the sum into one FMA. Rademacher needs no product.
+  Rademacher needs no product; for the others, see `times`.
 
   Args:
     w: float[...]; types other than float32 are converted and cast back once.
@@ -289,8 +291,9 @@ def add(w, key, scale, *, distribution, offset=(0, 0), aligned=True):
   raw = _raw(key, w.shape, distribution, offset, aligned)
   if distribution == 'rademacher':
     step = _flip(scale, raw)
-    return (w.astype(jnp.float32) + step).astype(w.dtype)
-  return _plus(w, _as_field(raw, distribution), scale)
+  else:
+    step = times(scale, _as_field(raw, distribution))
+  return (w.astype(jnp.float32) + step).astype(w.dtype)
 
 
 @functools.partial(jax.jit, static_argnames='distribution', inline=True)
@@ -325,7 +328,7 @@ def _signed_sums(x, key, offset):
   rows, cols = x.shape
   count, parts = rows // 64, 8
   x = x.reshape(count, 2, parts, 32 // parts, cols)
-  words = _words(key, count, cols, offset[0] // np.uint32(64), offset[1])
+  words = hashes(key, count, cols, offset[0] // np.uint32(64), offset[1])
   shape = (count, 2, 32 // parts, cols)
   words = jnp.broadcast_to(words[:, :, None, :], shape)
   total = jnp.zeros(shape, jnp.float32)

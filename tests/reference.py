@@ -80,3 +80,22 @@ def perturb(w, direction, path, scale, distribution):
   """`w + scale * z` in float32, product and sum rounded separately."""
   z = field(direction, path, w.shape, distribution)
   return w + np.float32(scale) * z
+
+
+def _bit(key, row, group, counter):
+  """int64: the bit of rows of a sign field whose groups start at `group`."""
+  a, b = threefry(key, group + row // 64, counter)
+  return np.where(row // 32 % 2, b, a) >> (row % 32) & 1
+
+
+def low_rank_factors(key, shape, rank):
+  """Signs u [N, R, rank] and v [N, rank, C] of a stack of matrices, int64."""
+  rows, cols = (1, 1, *shape)[-2:]
+  count = math.prod(shape[:-2])
+  n = np.arange(count, dtype=np.int64)[:, None, None]
+  i = np.arange(rows, dtype=np.int64)[None, :, None]
+  j = np.arange(rank, dtype=np.int64)
+  c = np.arange(cols, dtype=np.int64)
+  u = _bit(key, n * rows + i, 0, j)
+  v = _bit(key, n * rank + j[None, :, None], 2**31, c)
+  return 1 - 2 * u, 1 - 2 * v

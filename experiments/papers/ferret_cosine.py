@@ -21,11 +21,11 @@ import numpy as np
 
 from experiments import report
 from experiments.papers import common
-from jaxfl import blocks, keys, perturb
+from jaxfl import blocks, keys
 
 SHAPE = (1000, 100)
 COUNTS = (100, 316, 1000, 3162, 10000)
-DISTRIBUTIONS = perturb.DISTRIBUTIONS
+DISTRIBUTIONS = blocks.DISTRIBUTIONS
 PAPER, CODE = 'truncated normal, 3 d + 2/5', 'truncated normal, code: d'
 _CHUNK = 400_000  # entries of directions at once, for the cache
 

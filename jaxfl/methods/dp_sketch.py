@@ -116,7 +116,7 @@ def dp_sketch(
     local_steps: of a client in a round; 1 for the unit `record`.
     batch_size: examples of a local step; not for the unit `record`, where all
       take part.
-    distribution: of the directions, 'rademacher' or 'popcount16'.
+    distribution: of the directions; one that is exact, not `gaussian`.
     microbatch_size: gradients that a client holds at once.
 
   Returns:
@@ -126,7 +126,7 @@ def dp_sketch(
     ValueError: naming the argument that is out of range.
   """
   checks.one_of('unit', unit, UNITS)
-  checks.one_of('distribution', distribution, ('rademacher', 'popcount16'))
+  checks.one_of('distribution', distribution, perturb.FIELD_UNIT)
   coordinates, z = plan.coordinates, plan.noise_multiplier
   if not 1 <= coordinates < 2**20:
     raise ValueError(f'coordinates must be in [1, 2**20), got {coordinates}')

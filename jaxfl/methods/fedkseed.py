@@ -110,7 +110,7 @@ def fedkseed(
     send_indices: whether messages carry the seeds' indices, as the paper's do.
     pro: FedKSeed-Pro.
     importance_weight: weigh the steps of Pro by 1 / (K p_k).
-    distribution: of the directions, 'rademacher' or 'popcount16'.
+    distribution: of the directions, one of `pool.DISTRIBUTIONS`.
     weight_decay: decoupled; multiplied by the learning rate, in every step. A
       replica then keeps its base and rebuilds from it in every round, which is
       one pass over all directions.

@@ -103,7 +103,7 @@ def ferret(
       fewer than blocks, as soon as the method sees the parameters.
   """
   checks.one_of('allocation', allocation, allocation_lib.ALLOCATIONS)
-  checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
+  checks.one_of('distribution', distribution, blocks.DISTRIBUTIONS)
   if local_steps < 1:
     raise ValueError(f'local_steps must be >= 1, got {local_steps}')
   if not 1 <= coordinates < 2**30:
