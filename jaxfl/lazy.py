@@ -57,9 +57,9 @@ class Box(nn.meta.AxisMetadata):
   def make(self) -> jax.Array:
     """The array, before its casts."""
 
-  @abc.abstractmethod
   def dot(self, x: jax.Array, axis: int = 0) -> jax.Array:
     """Contracts the last axis of `x` with an axis of this matrix."""
+    return _dot(x, self.unbox(), axis)
 
   @property
   @abc.abstractmethod
@@ -107,10 +107,9 @@ def is_box(x: Any) -> bool:
 
 
 def register(*meta: str):
-  """Makes a frozen dataclass a pytree; `meta` are its static fields."""
+  """Makes a dataclass a pytree; `meta` are its static fields."""
 
   def wrap(cls):
-    cls = dataclasses.dataclass(frozen=True)(cls)
     names = [f.name for f in dataclasses.fields(cls)]
     data = [name for name in names if name not in meta]
     return jax.tree_util.register_dataclass(cls, data, meta)
@@ -153,7 +152,7 @@ class Step(Box):
 
   def dot(self, x, axis=0):
     if self.form == 'temporary':
-      return _dot(x, self.unbox(), axis)
+      return super().dot(x, axis)
     total = _dot32(x, self.base, axis) + self.scale * self.dot_z(x, axis)
     return total.astype(x.dtype)
 
@@ -166,6 +165,7 @@ class Step(Box):
 
 
 @register('distribution', 'form', 'aligned', 'casts')
+@dataclasses.dataclass(frozen=True)
 class Perturbed(Step):
   """A tensor, or a rectangle of its (R, C) view, along a field of `xla`.
 
@@ -215,6 +215,7 @@ class Perturbed(Step):
 
 
 @register('form', 'casts')
+@dataclasses.dataclass(frozen=True)
 class Factored(Step):
   """A tensor along a low-rank direction, z = u v / sqrt(r).
 

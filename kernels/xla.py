@@ -190,12 +190,14 @@ def field(key, shape, offset, *, distribution, aligned=False):
     float32[shape].
   """
   row = offset[0]
+  if isinstance(row, int):
+    aligned = row % _ROWS[distribution] == 0
   return _field(
     key,
     _position(offset),
     shape=shape,
     distribution=distribution,
-    aligned=aligned or isinstance(row, int) and row % _ROWS[distribution] == 0,
+    aligned=aligned,
   )
 
 
