@@ -151,6 +151,12 @@ _STEPS = {1: 2400, 4: 600, 16: 150, 64: 38}
 # the default task, where every client has a package of its own
 _TEXT_POOL = {'method': 'fedkseed', 'num_rounds': 30, 'eval_every': 5}
 _TEXT_FERRET = {'method': 'ferret', 'num_rounds': 20, 'eval_every': 2}
+_SHORT_TEXT = {
+  'num_rounds': 10,
+  'batch_size': 2,
+  'eval_examples': 256,
+  'eval_every': 5,
+}
 # 480 steps in all
 _TEXT_STEPS = {4: 120, 16: 30, 64: 8}
 
@@ -342,12 +348,8 @@ STUDIES = {
     'One-byte SPSA by rank of the directions; the embedded model on Python'
     ' source',
     {
-      name: {'num_rounds': 30, 'distribution': distribution}
-      for name, distribution in (
-        ('signs', 'rademacher'),
-        ('rank 1', 'rank1'),
-        ('rank 16', 'rank16'),
-      )
+      name: _SHORT_TEXT | {'distribution': distribution}
+      for name, distribution in (('signs', 'rademacher'), ('rank 1', 'rank1'))
     },
     ('bits_per_byte', 'accuracy'),
     x=('forwards',),

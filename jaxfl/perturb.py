@@ -13,7 +13,7 @@ tiling, and on every machine. Distributions of mean 0 and variance 1:
   * 'rank1', 'rank4', 'rank16': every matrix a product of two sign matrices of
     that inner dimension, as defined in `jaxfl.kernels.lowrank`. Exact on every
     backend; many directions are one product of matrices in `replay_int` and
-    `project`. Entries are uncorrelated, but not independent.
+    `project`. Two entries are independent, but not four.
 
 and three ways to apply it, from rounded to exact:
 

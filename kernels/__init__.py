@@ -10,6 +10,7 @@ it.
   * `xla`: plain XLA for every backend, and the definition that the others have
     to match bit for bit.
   * `tiles`: many directions on a tensor, or on rectangles of it, with `xla`.
+  * `lowrank`: directions that are products of small sign matrices.
 """
 
 if __name__ != 'jaxfl.kernels':

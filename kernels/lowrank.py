@@ -6,8 +6,8 @@ is (1, C) and a scalar (1, 1). Matrix n of the stack has factors of its own,
     z_n = u_n v_n / sqrt(r),    u_n [R, r] and v_n [r, C] of independent signs,
 
 with r in {1, 4, 16}: 1 / sqrt(r) is a power of two, and z one times an integer
-in [-r, r]. Entries have mean 0 and variance 1 and are uncorrelated, but not
-independent: a matrix of them has R + C random signs per rank, not R C.
+in [-r, r]. Entries have mean 0 and variance 1, and any two of them are
+independent, but not any four: a matrix has (R + C) r random signs, not R C.
 
 With (a, b) the two words of Threefry-2x32-20 under the leaf key, a sign is
 1 - 2 bit, and the bits lie as in the sign field of `jaxfl.kernels.xla`:
@@ -40,7 +40,7 @@ _GROUP = 64  # rows that share a word
 _RIGHT = 1 << 31  # the first group of the right factors
 # A sum of 1024 low parts, at most 2**14 each, is exact in float32.
 _LOW_BITS = 15
-_MOST_TERMS = 1024
+MOST_TERMS = 1024
 _ENTRIES = 1 << 24  # of the factors that are held at once: 64 MiB
 
 
@@ -180,12 +180,12 @@ def replay(w, keys, scales, *, distribution):
 def _parts(shape, rank, *arrays):
   """Arrays [K, ...] as [parts, k, ...], padded with zeros.
 
-  The factors of k directions are at most `_MOST_TERMS` terms of a sum, and
+  The factors of k directions are at most `MOST_TERMS` terms of a sum, and
   `_ENTRIES` entries, unless one direction's are more.
   """
   count, rows, cols = stack(shape)
   held = max(1, count * (rows + cols))
-  terms = min(_MOST_TERMS, _ENTRIES // held)
+  terms = min(MOST_TERMS, _ENTRIES // held)
   length = len(arrays[0])
   size = max(1, min(terms // rank, length))
   pad = -length % size

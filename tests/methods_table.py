@@ -115,6 +115,7 @@ CASES = {
     ),
     True, 0.02,
   ),
+  'spsa-rank4': Case(_spsa(distribution='rank4'), True, 0.02),
   'spsa-gaussian': Case(_spsa(distribution='gaussian'), False, 0.02),
   'spsa-schedule-decay': Case(
     _spsa(learning_rate=_LINEAR, weight_decay=1e-3, num_rounds=100), True, 0.05

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxfl import allocation, blocks, digest, keys, perturb, wire
+from jaxfl import allocation, blocks, digest, keys, wire
 from jaxfl import method as method_lib
 from jaxfl.methods import fed_avg, ferret
 from tests import methods_table as table
@@ -171,7 +171,7 @@ def test_delta_is_that_of_any_client_optimizer():
 
 @pytest.mark.parametrize(
   ('distribution', 'codec'),
-  [*((d, 'sign1') for d in perturb.DISTRIBUTIONS), ('rademacher', 'linear8')],
+  [*((d, 'sign1') for d in blocks.DISTRIBUTIONS), ('rademacher', 'linear8')],
 )
 def test_slope_is_one(distribution, codec):
   """<rec, delta> = |delta|^2; its deviation over 80,000 slots is 0.005."""
@@ -313,6 +313,7 @@ def test_no_basis_is_stored():
     ({'allocation': 'even'}, "allocation must be one of bytes, .*, got 'even'"),
     ({'codec': 'log9'}, "codec must be one of log8, .*, got 'log9'"),
     ({'distribution': 'cauchy'}, "distribution must be one of .*'cauchy'"),
+    ({'distribution': 'rank1'}, "distribution must be one of .*'rank1'"),
     ({'server_lr': 0.0}, 'server_lr must be > 0, got 0.0'),
     ({'server_lr': -1.0}, 'server_lr must be 0 or in .*, got -1.0'),
     ({'server_lr': lambda r: 1.0}, 'server_lr is a schedule: num_rounds'),

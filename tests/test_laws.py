@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxfl import allocation, blocks, keys, perturb
+from jaxfl import allocation, blocks, keys
 
 ROOT = keys.root(4)
-BASES = pytest.mark.parametrize('distribution', perturb.DISTRIBUTIONS)
+BASES = pytest.mark.parametrize('distribution', blocks.DISTRIBUTIONS)
 
 
 def normals(shapes, seed=0):

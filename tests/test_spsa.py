@@ -12,7 +12,10 @@ from jaxfl.runtime import simulate
 from tests import methods_table as table
 
 ROOT = keys.root(11)
-KURTOSIS = {'rademacher': 1.0, 'popcount16': 2.875, 'gaussian': 3.0}
+KURTOSIS = {
+  'rademacher': 1.0, 'popcount16': 2.875, 'gaussian': 3.0,
+  'rank1': 1.0, 'rank4': 2.5, 'rank16': 2.875,
+}  # fmt: skip
 
 
 def cohort_of(ids, round=0, weight=1.0):
