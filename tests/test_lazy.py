@@ -316,22 +316,15 @@ def test_memory_of_lora_is_the_base_and_one_layer():
   trainable, frozen = adapter.init(params, keys.root(0))
   loss_fn = objectives.lm_loss(config)
 
-  def temp(form):
-    def loss(frozen, trainable, direction, tokens):
-      moved = estimators.perturber(
-        trainable, distribution='rademacher', dtype=None, in_layers=form
-      )
-      tree = adapter.merge(frozen, moved(direction, MU))
-      return loss_fn(tree, {'tokens': tokens})
+  def loss(frozen, trainable, direction, tokens):
+    moved = lazy.perturbed(trainable, direction, MU)
+    return loss_fn(adapter.merge(frozen, moved), {'tokens': tokens})
 
-    tokens = np.zeros((1, 16), np.int32)
-    run = jax.jit(loss).lower(frozen, trainable, DIRECTION, tokens).compile()
-    return run.memory_analysis().temp_size_in_bytes
-
+  tokens = np.zeros((1, 16), np.int32)
+  run = jax.jit(loss).lower(frozen, trainable, DIRECTION, tokens).compile()
   layer = 4 * (4 * 128 * 128 + 2 * 128 * 512)
-  assert temp('temporary') < 2 * layer
-  assert temp('split') < layer / 2
-  assert temp(None) > 16 * layer
+  # of sixteen that a merged model would have
+  assert run.memory_analysis().temp_size_in_bytes < 2 * layer
 
 
 def test_eight_bits():
@@ -386,11 +379,15 @@ def test_sharded_weights_are_not_gathered(form):
     jax.jit(step)(params, DIRECTION, batch()),
     rtol=1e-6,
   )
-  gathered = re.findall(r'= (\S+?)\{?\S* all-gather\(', run.as_text())
-  print(gathered)
-  kernels = {'64,64', '64,128', '128,64', '300,64'}
-  found = {re.search(r'\[(?:1,)?([\d,]*)\]', x)[1] for x in gathered}
-  assert not found & kernels
+  gathered = [
+    shape
+    for line in run.as_text().splitlines()
+    if ' all-gather(' in line
+    for shape in re.findall(r'\[([\d,]+)\]', line.split(' all-gather(')[0])
+  ]
+  # activations of 2 rows of 11 tokens, but neither kernels nor the table
+  assert gathered
+  assert not [x for x in gathered if not {'2', '22'} & set(x.split(','))]
   opened_bits = jax.jit(
     functools.partial(jax.tree.map, opened, is_leaf=lazy.is_box)
   )
