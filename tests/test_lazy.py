@@ -20,8 +20,8 @@ from jaxfl import (
   objectives,
   perturb,
 )
-from jaxfl.methods import decomfl, fedkseed, spsa
 from jaxfl.method import Party
+from jaxfl.methods import decomfl, fedkseed, spsa
 from jaxfl.models import transformer
 from jaxfl.models.config import Config
 from jaxfl.runtime import mesh as mesh_lib
@@ -86,7 +86,7 @@ def assert_same_bits(a, b):
 
 
 @pytest.mark.parametrize(
-  'name, distribution',
+  ('name', 'distribution'),
   [('decoder', 'rademacher'), ('odd', 'popcount16'), ('encoder', 'rank4')],
 )
 def test_every_parameter_has_the_bits_of_perturb(name, distribution):
@@ -101,7 +101,7 @@ def test_every_parameter_has_the_bits_of_perturb(name, distribution):
 
 
 @pytest.mark.parametrize(
-  'name, distribution',
+  ('name', 'distribution'),
   [('decoder', 'rank4'), ('odd', 'rademacher'), ('encoder', 'popcount16')],
 )
 def test_losses_are_those_of_a_whole_copy(name, distribution):
@@ -197,7 +197,7 @@ def sized(num_layers):
 
 
 @pytest.mark.parametrize(
-  'form, order', [('temporary', 'loop'), ('split', 'batch')]
+  ('form', 'order'), [('temporary', 'loop'), ('split', 'batch')]
 )
 def test_memory_and_program_do_not_grow_with_the_layers(form, order):
   layer = 4 * (4 * 128 * 128 + 2 * 128 * 512)  # bytes
@@ -238,7 +238,7 @@ def methods(loss_fn, **kind):
 
 
 @pytest.mark.parametrize(
-  'name, form',
+  ('name', 'form'),
   [('spsa', 'temporary'), ('fedkseed', 'temporary'), ('decomfl', 'split')],
 )
 def test_messages_of_methods(name, form):
@@ -343,9 +343,8 @@ def test_eight_bits():
     else:
       np.testing.assert_array_equal(a, b)
   units = held['layers']['mlp']['up']['kernel'].units
-  assert units.dtype == np.int8 and adapters.count(held) == adapters.count(
-    frozen
-  )
+  assert units.dtype == np.int8
+  assert adapters.count(held) == adapters.count(frozen)
   # the model sees what is opened, box or not, and is near to what it was
   run = jax.jit(loss_fn)
   tree = LORA.merge(held, trainable)
