@@ -47,6 +47,7 @@ ENCODER = Config(
   type_vocab=2, head='classify', num_labels=3, head_dense=True,
 )  # fmt: skip
 CONFIGS = {'decoder': DECODER, 'odd': ODD, 'encoder': ENCODER}
+SLOW = pytest.mark.slow
 EXACT = ['rademacher', 'popcount16', 'rank4']
 
 
@@ -102,7 +103,11 @@ def test_every_parameter_has_the_bits_of_perturb(name, distribution):
 
 @pytest.mark.parametrize(
   ('name', 'distribution'),
-  [('decoder', 'rank4'), ('odd', 'rademacher'), ('encoder', 'popcount16')],
+  [
+    ('decoder', 'rank4'),
+    ('odd', 'rademacher'),
+    pytest.param('encoder', 'popcount16', marks=SLOW),
+  ],
 )
 def test_losses_are_those_of_a_whole_copy(name, distribution):
   params, loss_fn = model(name)
@@ -239,7 +244,11 @@ def methods(loss_fn, **kind):
 
 @pytest.mark.parametrize(
   ('name', 'form'),
-  [('spsa', 'temporary'), ('fedkseed', 'temporary'), ('decomfl', 'split')],
+  [
+    ('spsa', 'temporary'),
+    pytest.param('fedkseed', 'temporary', marks=SLOW),
+    pytest.param('decomfl', 'split', marks=SLOW),
+  ],
 )
 def test_messages_of_methods(name, form):
   params, loss_fn = model('odd')
@@ -276,7 +285,9 @@ def moved_lora(trainable):
   return jax.tree.map(add, trainable)
 
 
-@pytest.mark.parametrize('frozen_dtype', ['float32', 'bfloat16'])
+@pytest.mark.parametrize(
+  'frozen_dtype', ['float32', pytest.param('bfloat16', marks=SLOW)]
+)
 def test_lora_is_added_in_the_layers(frozen_dtype):
   params, loss_fn = model('decoder')
   params = jax.tree.map(lambda x: x.astype(frozen_dtype), params)
@@ -359,7 +370,9 @@ def test_eight_bits():
   assert np.abs(rounded - exact).max() < 0.05 * np.abs(exact).max()
 
 
-@pytest.mark.parametrize('form', lazy.FORMS)
+@pytest.mark.parametrize(
+  'form', ['temporary', pytest.param('split', marks=SLOW)]
+)
 def test_sharded_weights_are_not_gathered(form):
   params, loss_fn = model('decoder')
   mesh = mesh_lib.make(1, 2).local_mesh
