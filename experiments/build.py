@@ -59,8 +59,30 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
     'codec_scale': config.codec_scale,
     'distribution': config.distribution,
     'forward_dtype': config.forward_dtype,
+    'in_layers': _form(config),
+    'sides_at_once': config.sides_at_once,
     'num_rounds': config.num_rounds,
   }
+
+
+def _form(config: Config) -> str | None:
+  """How the loss perturbs the weights; None for losses that can't.
+
+  A layer at a time by default: as fast as a whole copy, with the same bits and
+  less memory. But a copy for generations, which would make every layer anew for
+  every token.
+  """
+  ours = problem.kind_of(config) in ('text', 'rows')
+  if config.in_layers == 'auto':
+    return 'temporary' if ours and config.objective != 'f1' else None
+  if config.in_layers == 'none':
+    return None
+  if not ours:
+    raise UsageError(
+      f'in_layers {config.in_layers} is for transformers, and dataset'
+      f' {config.dataset} has another model; use in_layers none'
+    )
+  return config.in_layers
 
 
 def _spsa(
@@ -259,7 +281,7 @@ def _diff2(
 
 _ZEROTH_ORDER = frozenset(
   {'schedule', 'warmup_rounds', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
-  | {'distribution', 'forward_dtype'}
+  | {'distribution', 'forward_dtype', 'in_layers', 'sides_at_once'}
 )
 _SPSA = _ZEROTH_ORDER | {
   'num_perturbations', 'sides', 'scaling', 'weights', 'weight_decay'

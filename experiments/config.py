@@ -10,6 +10,7 @@ from jaxfl import (
   allocation,
   codecs,
   estimators,
+  lazy,
   master,
   objectives,
   perturb,
@@ -43,7 +44,9 @@ class Config:
     " Face's layout or one written by experiments.pretrain, or a hub id.",
   )
   dtype: str = _setting(
-    'float32', 'Of the frozen weights and the forward pass.'
+    'float32',
+    'Of the frozen weights and the forward pass; int8: of the frozen matrices'
+    ' of the layers alone.',
   )
   hidden_units: int | None = _setting(
     None, 'Of a hidden layer; without it tables have 10 and features none.'
@@ -154,6 +157,15 @@ class Config:
   forward_dtype: str | None = _setting(
     None, 'In which the loss sees the trained weights.'
   )
+  in_layers: str = _setting(
+    'auto',
+    'How transformers perturb their weights: temporary (a layer at a time),'
+    ' split (x W + mu x z), or none (all before the forward pass). auto is'
+    ' temporary, but none for objective f1.',
+  )
+  sides_at_once: bool = _setting(
+    False, 'Evaluate both sides of a direction as one batch.'
+  )
   # fedkseed, fedkseed_pro
   num_seeds: int = _setting(4096, 'Seeds of the pool.')
   send_indices: bool = _setting(
@@ -239,7 +251,8 @@ _CHOICES = {
   'scaling': spsa.SCALINGS,
   'weights': master.WEIGHTS,
   'forward_dtype': (None, 'bfloat16', 'float16', 'float32'),
-  'dtype': ('float32', 'bfloat16'),
+  'dtype': ('float32', 'bfloat16', 'int8'),
+  'in_layers': ('auto', 'none', *lazy.FORMS),
   'pool': (None, 'first', 'mean', 'last'),
   'adapter': ('full', 'lora', 'head', 'bias'),
   'feature_scaling': tables.SCALINGS,

@@ -6,9 +6,10 @@ from typing import NamedTuple
 import jax
 import numpy as np
 from absl import logging
+from flax import linen as nn
 
 from experiments.config import Config, UsageError
-from jaxfl import adapters, keys
+from jaxfl import adapters, int8, keys
 from jaxfl import digest as digest_lib
 from jaxfl import typing as jt
 from jaxfl.data import tokenizer as tokenizer_lib
@@ -33,15 +34,16 @@ def load_model(
   """The model with a head: `lm`, `mlm`, `classify`, or None for its own."""
   # all 64 bits of the seed
   root = keys.root(config.seed)
+  dtype = 'float32' if config.dtype == 'int8' else config.dtype  # see `adapt`
   key = jax.random.wrap_key_data(root, impl='threefry2x32')
   pool = config.pool if head == 'classify' else None
   options = {'head': head, 'num_labels': num_labels, 'pool': pool, 'key': key}
   if config.model == 'embedded' or native.is_native(config.model):
     directory = None if config.model == 'embedded' else config.model
     shape, params = native.load(directory, **options)
-    params = jax.tree.map(lambda x: x.astype(config.dtype), params)
+    params = jax.tree.map(lambda x: x.astype(dtype), params)
     return Model(shape, params, pathlib.Path(directory) if directory else None)
-  found = hf.load(config.model, dtype=config.dtype, **options)
+  found = hf.load(config.model, dtype=dtype, **options)
   if found.fresh:
     logging.info('new weights: %s', ', '.join(found.fresh))
   return Model(found.config, found.params, pathlib.Path(found.source_dir))
@@ -78,6 +80,26 @@ def make_adapter(
   return adapters.full()
 
 
+def adapt(
+  config: Config, model: Model
+) -> tuple[adapters.Adapter, jt.Params, jt.Params]:
+  """The adapter of a config, what it trains of a model, and the rest.
+
+  Raises:
+    UsageError: if nothing is left that could have eight bits.
+  """
+  if config.dtype == 'int8' and config.adapter == 'full':
+    raise UsageError(
+      'dtype int8 is for frozen weights, and adapter full leaves none; use'
+      ' adapter lora, head or bias'
+    )
+  adapter = make_adapter(config, model.shape)
+  trainable, frozen = adapter.init(model.params, keys.root(config.seed))
+  if config.dtype == 'int8':
+    frozen = int8.quantise(frozen)
+  return adapter, trainable, frozen
+
+
 def export(
   config: Config,
   shape: model_config.Config,
@@ -101,13 +123,13 @@ def export(
     raise UsageError(f'out: {directory} exists; choose another directory')
   labels = shape.num_labels if shape.head == 'classify' else None
   model = load_model(config, shape.head, num_labels=labels)
-  adapter = make_adapter(config, shape)
-  _, frozen = adapter.init(model.params, keys.root(config.seed))
+  adapter, _, frozen = adapt(config, model)
   if model.shape != shape or digest_lib.digest(frozen) != frozen_digest:
     raise UsageError(
       f'model {config.model!r} is not what it was when the run was made'
     )
-  merged = jax.tree.map(np.asarray, adapter.merge(frozen, params))
+  whole = nn.meta.unbox(adapter.merge(frozen, params))
+  merged = jax.tree.map(np.asarray, whole)
   if model.directory is None or native.is_native(model.directory):
     native.save(directory, shape, merged)
   else:

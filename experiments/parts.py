@@ -8,7 +8,7 @@ import numpy as np
 
 from experiments import checks, models
 from experiments.config import Config
-from jaxfl import keys
+from jaxfl import keys, lazy
 from jaxfl import typing as jt
 from jaxfl.data import batching, partition
 from jaxfl.models import config as model_config
@@ -143,14 +143,11 @@ def assemble(
       "adapter head: the model's output is its embedding, it has no head of its"
       ' own; use adapter lora, bias or full'
     )
-  adapter = models.make_adapter(config, model.shape)
-  params, frozen = adapter.init(model.params, keys.root(config.seed))
+  adapter, params, frozen = models.adapt(config, model)
   frozen = jax.device_put(frozen)  # once, not at every evaluation
 
   def merged_loss(frozen, params, batch):
-    whole = adapter.merge(frozen, params)
-    if config.forward_dtype is not None:
-      whole = jax.tree.map(lambda x: x.astype(config.forward_dtype), whole)
+    whole = lazy.cast(adapter.merge(frozen, params), config.forward_dtype)
     return loss_fn(whole, batch)
 
   return Problem(

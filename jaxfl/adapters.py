@@ -28,6 +28,7 @@ References:
     https://arxiv.org/abs/2106.10199
 """
 
+import dataclasses
 import difflib
 import fnmatch
 import functools
@@ -38,8 +39,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from jaxfl import keys
+from jaxfl import keys, lazy
 from jaxfl import typing as jt
 
 HEAD = ('head/*',)
@@ -57,7 +59,8 @@ class Adapter(NamedTuple):
       trained as it is. Raises ValueError where the adapter does not fit.
     merge: frozen, trainable -> params. Differentiable and jittable. Every
       parameter has the dtype that it had in `init`, so that with parameters of
-      16 bits a small change of the trainable part can be rounded away.
+      16 bits a small change of the trainable part can be rounded away. Boxes of
+      `jaxfl.lazy` stay boxes, and so does a matrix whose factors or base are.
   """
 
   init: Callable[[jt.Params, jt.Array | None], tuple[jt.Params, jt.Params]]
@@ -163,7 +166,8 @@ def lora(
 
 def count(tree: jt.Params) -> int:
   """Number of entries of all tensors: `count(trainable) / count(params)`."""
-  return sum(math.prod(np.shape(x)) for x in jax.tree.leaves(tree))
+  leaves = jax.tree.leaves(tree, is_leaf=lazy.is_box)
+  return sum(math.prod(np.shape(x)) for x in leaves)
 
 
 def _patterns(field: str, patterns: Sequence[str]) -> tuple[str, ...]:
@@ -243,27 +247,83 @@ def _insert(tree: dict[str, Any], path: str, value: Any) -> None:
 
 def _merge(frozen, trainable, scale):
   """Params from both parts; `scale` is that of low-rank updates."""
-  given = dict(keys.named_leaves(trainable))
+  given = dict(keys.named_leaves(trainable, lazy.is_box))
   merged = []
-  for path, leaf in keys.named_leaves(frozen):
+  for path, leaf in keys.named_leaves(frozen, lazy.is_box):
     if path in given:
-      leaf = _cast(given.pop(path), jnp.result_type(leaf))
+      leaf = _cast(given.pop(path), _dtype(leaf))
     elif np.shape(leaf) == (0,):
       raise ValueError(f'trainable has no {path!r}')
     elif f'{path}/a' in given and f'{path}/b' in given:
       factors = given.pop(f'{path}/a'), given.pop(f'{path}/b')
-      leaf = _add_low_rank(leaf, *factors, scale)
+      leaf = _low_rank(leaf, *factors, scale)
     merged.append(leaf)
   if given:
     raise ValueError(
       f'trainable has {next(iter(given))!r}, for which frozen has no place:'
       ' both must come from one call of init'
     )
-  return jax.tree.structure(frozen).unflatten(merged)
+  whole = jax.tree.structure(frozen, is_leaf=lazy.is_box)
+  return whole.unflatten(merged)
+
+
+def _dtype(x):
+  return x.dtype if lazy.is_box(x) else jnp.result_type(x)
 
 
 def _cast(x, dtype):
-  return x if jnp.result_type(x) == dtype else jnp.asarray(x).astype(dtype)
+  if _dtype(x) == dtype:
+    return x
+  return (x if lazy.is_box(x) else jnp.asarray(x)).astype(dtype)
+
+
+@lazy.register('alpha_by_rank', 'form', 'casts')
+@dataclasses.dataclass(frozen=True)
+class LowRank(lazy.Box):
+  """`base + alpha_by_rank * a b`, of a matrix or a stack of them, in a box.
+
+  Attributes:
+    base: float[..., D, F], an array or a box.
+    a: float[..., D, rank], an array or a box.
+    b: float[..., rank, F], an array or a box.
+    alpha_by_rank: a number.
+    form: see `lazy.FORMS`.
+    casts: see `lazy.Box`.
+  """
+
+  base: Any
+  a: Any
+  b: Any
+  alpha_by_rank: float
+  form: str
+  casts: tuple[str, ...] = ()
+
+  @property
+  def shape(self):
+    return self.base.shape
+
+  @property
+  def made_dtype(self):
+    return self.base.dtype
+
+  def make(self):
+    parts = (nn.meta.unbox(x) for x in (self.base, self.a, self.b))
+    return _add_low_rank(*parts, self.alpha_by_rank)
+
+  def dot(self, x, axis=0):
+    if self.form == 'temporary':
+      return super().dot(x, axis)
+    first, second = (self.a, self.b) if axis == 0 else (self.b, self.a)
+    update = lazy.dot(lazy.dot(x, first, axis), second, axis)
+    total = lazy.dot(x, self.base, axis).astype(jnp.float32)
+    return (total + self.alpha_by_rank * update).astype(x.dtype)
+
+
+def _low_rank(w, a, b, scale: float):
+  """The sum, or where something is in a box a box of it."""
+  if not any(map(lazy.is_box, (w, a, b))):
+    return _add_low_rank(w, a, b, scale)
+  return LowRank(w, a, b, scale, getattr(a, 'form', lazy.FORMS[0]))
 
 
 # jitted by itself: outside of a jit, `merge` copies nothing that is frozen, and

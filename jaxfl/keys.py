@@ -137,8 +137,12 @@ def path_str(path) -> str:
   return jax.tree_util.keystr(path, simple=True, separator='/')
 
 
-def named_leaves(tree) -> list[tuple[str, jax.Array]]:
+def named_leaves(tree, is_leaf=None) -> list[tuple[str, jax.Array]]:
   """The leaves of a pytree with their paths, in the order of `jax.tree.leaves`.
+
+  Args:
+    tree: a pytree.
+    is_leaf: as of `jax.tree.leaves`.
 
   Raises:
     ValueError: if two leaves have the same path text or tensor id, because they
@@ -146,7 +150,7 @@ def named_leaves(tree) -> list[tuple[str, jax.Array]]:
   """
   leaves = [
     (path_str(path), leaf)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf)[0]
   ]
   seen: dict[int, str] = {}
   for path, _ in leaves:

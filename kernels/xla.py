@@ -217,9 +217,9 @@ def _rectangle(key, shape, offset, distribution, aligned):
   return lax.dynamic_slice(whole, start, shape)
 
 
-def _raw(key, shape, distribution, offset):
+def _raw(key, shape, distribution, offset, aligned=True):
   """The raw field in the shape of a tensor or rectangle; see `add`."""
-  raw = _rectangle(key, view(shape), position(offset), distribution, True)
+  raw = _rectangle(key, view(shape), position(offset), distribution, aligned)
   return raw.reshape(shape)
 
 
@@ -232,7 +232,7 @@ def _as_field(raw, distribution):
   return raw
 
 
-def field(key, shape, offset, *, distribution):
+def field(key, shape, offset, *, distribution, aligned=False):
   """The field z of a tensor, or of a rectangle of its (R, C) view.
 
   Args:
@@ -240,17 +240,20 @@ def field(key, shape, offset, *, distribution):
     shape: shape of the result; viewed as (rows, cols).
     offset: (row, column) of the rectangle; Python integers or uint32[] values.
     distribution: one of `DISTRIBUTIONS`.
+    aligned: whether a row that is traced is known to be a multiple of 64.
 
   Returns:
     float32[shape].
   """
   row = offset[0]
+  if isinstance(row, int):
+    aligned = row % _ROWS[distribution] == 0
   return _field(
     key,
     position(offset),
     shape=shape,
     distribution=distribution,
-    aligned=isinstance(row, int) and row % _ROWS[distribution] == 0,
+    aligned=aligned,
   )
 
 
@@ -260,6 +263,51 @@ def field(key, shape, offset, *, distribution):
 def _field(key, offset, *, shape, distribution, aligned):
   raw = _rectangle(key, view(shape), offset, distribution, aligned)
   return _as_field(raw, distribution).reshape(shape)
+
+
+def _walsh_signs(key, row):
+  """Those of a Walsh function in bit 31, at rows uint32[n, C] of any places."""
+  height, width = (np.uint32(n) for n in BLOCK)
+  first = row[:, :: BLOCK[1]]  # one of every block
+  t, s = keys.threefry2x32(
+    key[2], key[3], first // height, _iota(first.shape, 1)
+  )
+  t, s = (jnp.repeat(x, BLOCK[1], axis=1)[:, : row.shape[1]] for x in (t, s))
+  r, c = (row + t) % height, (_iota(row.shape, 1) + s) % width
+  odd = lax.population_count((r * width + c) & key[4])
+  return odd << np.uint32(31)
+
+
+def field_rows(key, rows, cols, *, distribution):
+  """The field z of whole rows at any places: of a table that is looked up.
+
+  Args:
+    key: uint32[2], a leaf key; uint32[5] for 'walsh'.
+    rows: uint32[...], numbers of rows of the (R, C) view.
+    cols: C.
+    distribution: one of `DISTRIBUTIONS`.
+
+  Returns:
+    float32[..., C].
+  """
+  group = _ROWS[distribution]
+  row = jnp.broadcast_to(rows.reshape(-1, 1), (rows.size, cols))
+  counter, place = row // np.uint32(group), row % np.uint32(group)
+  a, b = keys.threefry2x32(key[0], key[1], counter, _iota(row.shape, 1))
+  if distribution == 'gaussian':
+    both = _expand_normals(jnp.stack([a, b], axis=1))
+    raw = jnp.where(place == 0, both[:, 0], both[:, 1])
+  else:
+    half = np.uint32(group // 2)
+    word = jnp.where(place < half, a, b)
+    if distribution in SIGNS:
+      raw = (word << (np.uint32(31) - place % half)) & _SIGN
+      if distribution == 'walsh':
+        raw ^= _walsh_signs(key, row)
+    else:
+      bits = (word >> (np.uint32(16) * (place % half))) & np.uint32(0xFFFF)
+      raw = lax.population_count(bits).astype(jnp.int32) - np.int32(8)
+  return _as_field(raw, distribution).reshape(*rows.shape, cols)
 
 
 def times(scale, z):
@@ -272,8 +320,10 @@ def times(scale, z):
   return _flip(scale * jnp.abs(z), sign)
 
 
-@functools.partial(jax.jit, static_argnames='distribution', inline=True)
-def add(w, key, scale, *, distribution, offset=(0, 0)):
+@functools.partial(
+  jax.jit, static_argnames=('distribution', 'aligned'), inline=True
+)
+def add(w, key, scale, *, distribution, offset=(0, 0), aligned=True):
   """`w + scale * z`, rounded once per operation in float32.
 
   Rademacher needs no product; for the others, see `times`.
@@ -284,15 +334,16 @@ def add(w, key, scale, *, distribution, offset=(0, 0)):
     scale: float32[].
     distribution: one of `DISTRIBUTIONS`.
     offset: if `w` is a rectangle of the (R, C) view of a tensor, its first row,
-      a multiple of 64, and column, one of 128 for 'walsh'; Python integers or
-      uint32[] values.
+      a multiple of 64 if `aligned`, and column, one of 128 for 'walsh'; Python
+      integers or uint32[] values.
+    aligned: false for a first row at any place.
 
   Returns:
     An array like `w`.
   """
   if not w.size:
     return w
-  raw = _raw(key, w.shape, distribution, offset)
+  raw = _raw(key, w.shape, distribution, offset, aligned)
   if distribution in SIGNS:
     step = _flip(scale, raw)
   else:

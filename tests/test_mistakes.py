@@ -62,6 +62,7 @@ LABELS = {'template': '{text}: {answer}', 'words': 'a,b', 'sequence_length': 16}
     ({'pool': 'mean'}, 'pool does not apply to form cand'),
     ({'generate_examples': 2}, 'generate_examples does not apply to form'),
     ({'partition': 'column'}, 'needs partition_column'),
+    ({'dtype': 'int8'}, 'adapter full leaves none; use adapter lora, head or'),
   ],
 )
 def test_settings_that_nothing_reads(settings, message, places):
@@ -85,6 +86,12 @@ def test_instructions_that_do_not_fit(settings, message, places):
   }  # fmt: skip
   with pytest.raises(UsageError, match=message):
     problem.build(make(**fixed | settings))
+
+
+def test_layers_of_a_model_without_them():
+  config = make(dataset='rows.npz', in_layers='split')
+  with pytest.raises(UsageError, match='in_layers split is for transformers'):
+    build.build_method(config, build.no_loss)
 
 
 def test_text_longer_than_the_model(places, tmp_path):

@@ -143,18 +143,19 @@ def test_a_run_replays_and_exports_what_it_evaluated(
 
 
 @pytest.mark.parametrize(
-  'adapter',
+  ('adapter', 'dtype'),
   [
-    'lora',
-    pytest.param('bias', marks=pytest.mark.slow),
-    pytest.param('head', marks=pytest.mark.slow),
+    ('lora', 'float32'),
+    ('lora', 'int8'),
+    pytest.param('bias', 'float32', marks=pytest.mark.slow),
+    pytest.param('head', 'float32', marks=pytest.mark.slow),
   ],
 )
 def test_adapters_train_their_part_of_a_hub_model(
-  adapter, labelled, bert, tmp_path
+  adapter, dtype, labelled, bert, tmp_path
 ):
   config = make(
-    model=bert, dataset=labelled, form='head', adapter=adapter,
+    model=bert, dataset=labelled, form='head', adapter=adapter, dtype=dtype,
     **({'lora_rank': 2} if adapter == 'lora' else {}),
   )  # fmt: skip
   found = problem.build(config)

@@ -20,6 +20,7 @@ its own round. Scalars are averaged with one rounded product and one rounded sum
 per client, in the order of ids: exact on every device.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -63,6 +64,8 @@ def decomfl(
   distribution: str = 'rademacher',
   weights: str = 'grid',
   forward_dtype: str | None = None,
+  in_layers: str | None = None,
+  sides_at_once: bool = False,
   num_rounds: int | None = None,
 ) -> method_lib.Method:
   """Builds DeComFL.
@@ -80,6 +83,12 @@ def decomfl(
     distribution: of the directions, see `perturb`.
     weights: `grid` or `float32`, see `master`.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
+    in_layers: how the loss perturbs the weights: None if it takes any pytree of
+      arrays and the weights are perturbed before it sees them, as a whole copy;
+      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
+      do, layer by layer.
+    sides_at_once: whether the two sides of a direction are one batch, with
+      twice the activations, or take turns.
     num_rounds: length of the schedules; needed with functions of the round.
 
   Returns:
@@ -99,6 +108,13 @@ def decomfl(
       raise ValueError(f'{name} must be >= 1, got {value}')
   num_scalars = local_steps * num_perturbations
   code = codecs.codec(codec, scale=codec_scale)
+  order = estimators.order_of(in_layers, sides_at_once)
+  moved_by = functools.partial(
+    estimators.perturber,
+    distribution=distribution,
+    dtype=forward_dtype,
+    in_layers=in_layers,
+  )
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -126,17 +142,13 @@ def decomfl(
 
     def step(params, x):
       directions, batch = x
-
-      def perturbed(direction, scale):
-        moved = perturb.perturb(
-          params, direction, scale, distribution=distribution
-        )
-        return estimators.cast(moved, forward_dtype)
-
+      perturbed = moved_by(params)
       shared = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (copies, *leaf.shape)), batch
       )
-      g, loss = estimate(loss_fn, perturbed, directions, shared, radius)
+      g, loss = estimate(
+        loss_fn, perturbed, directions, shared, radius, order=order
+      )
       g = g.astype(jnp.float32)
       moves = jnp.where(jnp.isfinite(g), -(rate * g), 0.0)
       params = perturb.replay(

@@ -93,6 +93,8 @@ def fedkseed(
   distribution: str = 'rademacher',
   weight_decay: float = 0.0,
   forward_dtype: str | None = None,
+  in_layers: str | None = None,
+  sides_at_once: bool = False,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
@@ -116,6 +118,12 @@ def fedkseed(
       replica then keeps its base and rebuilds from it in every round, which is
       one pass over all directions.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
+    in_layers: how the loss perturbs the weights: None if it takes any pytree of
+      arrays and the weights are perturbed before it sees them, as a whole copy;
+      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
+      do, layer by layer.
+    sides_at_once: whether the two sides of a direction are one batch, with
+      twice the activations, or take turns.
     num_rounds: length of the schedules; needed with functions of the round.
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
@@ -151,6 +159,13 @@ def fedkseed(
     private_scalars.check_count(privacy, local_steps)
     hide = private_scalars.mechanism(privacy, codec)
     code = hide.code
+  order = estimators.order_of(in_layers, sides_at_once)
+  moved_by = functools.partial(
+    estimators.perturber,
+    distribution=distribution,
+    dtype=forward_dtype,
+    in_layers=in_layers,
+  )
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -211,7 +226,7 @@ def fedkseed(
       """What is sent of a step, what its client makes of it, and the loss."""
       one = jax.tree.map(lambda leaf: leaf[None], batch)
       g, loss = estimators.two_sided(
-        loss_fn, perturbed, direction[None], one, radius
+        loss_fn, perturbed, direction[None], one, radius, order=order
       )
       g = g[0].astype(jnp.float32)
       return g, g, loss
@@ -233,14 +248,7 @@ def fedkseed(
 
     def step(params, x):
       direction, weight, batch = x
-
-      def perturbed(direction, scale):
-        moved = perturb.perturb(
-          params, direction, scale, distribution=distribution
-        )
-        return estimators.cast(moved, forward_dtype)
-
-      sent, g, loss = measured(perturbed, direction, batch)
+      sent, g, loss = measured(moved_by(params), direction, batch)
       # others leave out a step without a finite g, and so does its client
       move = jnp.where(jnp.isfinite(g), -(lr * g) * weight, 0.0)
       if weight_decay:

@@ -73,6 +73,8 @@ def spsa(
   weight_decay: float = 0.0,
   weights: str = 'grid',
   forward_dtype: str | None = None,
+  in_layers: str | None = None,
+  sides_at_once: bool = False,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
@@ -94,6 +96,12 @@ def spsa(
     weights: `grid` (exact, any order) or `float32` (no grid; adds in the order
       of party ids, equal on every device all the same).
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
+    in_layers: how the loss perturbs the weights: None if it takes any pytree of
+      arrays and the weights are perturbed before it sees them, as a whole copy;
+      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
+      do, layer by layer.
+    sides_at_once: whether the two sides of a direction are one batch, with
+      twice the activations, or take turns.
     num_rounds: length of the schedules; needed with functions of the round.
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
@@ -120,6 +128,13 @@ def spsa(
     private_scalars.check_count(privacy, num_perturbations)
     hide = private_scalars.mechanism(privacy, codec)
     code = hide.code
+  order = estimators.order_of(in_layers, sides_at_once)
+  moved_by = functools.partial(
+    estimators.perturber,
+    distribution=distribution,
+    dtype=forward_dtype,
+    in_layers=in_layers,
+  )
   lr_table = schedules.table(learning_rate, num_rounds, 'learning_rate')
   mu_table = schedules.table(mu, num_rounds, 'mu')
   if not (mu_table > 0).all():
@@ -149,12 +164,7 @@ def spsa(
     directions = directions_of(party.id, party.round)
     radius = schedules.at(mu_table, party.round)
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
-
-    def perturbed(direction, scale):
-      params = perturb.perturb(
-        state.params, direction, scale, distribution=distribution
-      )
-      return estimators.cast(params, forward_dtype)
+    perturbed = moved_by(state.params)
 
     if hide is not None:
       measure, encode = hide.measure, hide.encode
@@ -177,7 +187,7 @@ def spsa(
       return message, local, {'loss': losses.mean()}
 
     projected_grads, loss = estimate(
-      loss_fn, perturbed, directions, batches, radius
+      loss_fn, perturbed, directions, batches, radius, order=order
     )
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}

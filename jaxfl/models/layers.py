@@ -3,12 +3,69 @@
 Shapes as in `transformer`.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from jaxfl import lazy
 from jaxfl.models import rotary
 from jaxfl.models.config import ACTIVATIONS, Config
+
+
+class Dense(nn.Module):
+  """A linear layer whose kernel may be in a box of `jaxfl.lazy`.
+
+  Attributes:
+    features: outputs.
+    use_bias: whether there is a bias.
+    dtype: of the result; None for that of input and parameters together.
+    kernel_init: of the kernel.
+    wide: whether there are so many outputs that they are made in parts.
+  """
+
+  features: int
+  use_bias: bool = True
+  dtype: Any = None
+  kernel_init: Any = nn.initializers.lecun_normal()
+  wide: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param('kernel', self.kernel_init, shape, unbox=False)
+    bias = None
+    if self.use_bias:
+      bias = self.param('bias', nn.initializers.zeros, (self.features,))
+    used = [kernel.dtype] if bias is None else [kernel.dtype, bias.dtype]
+    x = x.astype(self.dtype or jnp.result_type(x, *used))
+    y = lazy.wide_dot(x, kernel) if self.wide else lazy.dot(x, kernel)
+    if bias is None:
+      return y
+    return y + bias.astype(x.dtype).reshape((1,) * (y.ndim - 1) + (-1,))
+
+
+class Embed(nn.Module):
+  """A table of vectors that may be in a box of `jaxfl.lazy`."""
+
+  num_embeddings: int
+  features: int
+  embedding_init: Any
+
+  def setup(self):
+    shape = (self.num_embeddings, self.features)
+    self.embedding = self.param(
+      'embedding', self.embedding_init, shape, unbox=False
+    )
+
+  def __call__(self, index: jax.Array) -> jax.Array:
+    return lazy.take(self.embedding, index)
+
+  def attend(self, x: jax.Array) -> jax.Array:
+    """The inner products of `x` and all vectors, [..., D] -> [..., N]."""
+    x = x.astype(jnp.result_type(x, self.embedding.dtype))
+    return lazy.wide_dot(x, self.embedding, axis=1)
 
 
 class Norm(nn.Module):
@@ -38,7 +95,7 @@ class Norm(nn.Module):
 
 def _dense(features, bias, name, x, scale=1.0):
   """A linear layer in the dtype of `x`."""
-  return nn.Dense(
+  return Dense(
     features,
     use_bias=bias,
     dtype=x.dtype,
@@ -152,12 +209,12 @@ class VocabularyHead(nn.Module):
   def setup(self):
     c = self.config
     if c.embed_dim and c.embed_dim != c.model_dim:
-      self.project_out = nn.Dense(c.embed_dim, use_bias=False)
+      self.project_out = Dense(c.embed_dim, use_bias=False)
     if c.head == 'mlm':
-      self.dense = nn.Dense(c.model_dim)
+      self.dense = Dense(c.model_dim)
       self.norm = Norm(c)
     if not c.tie_embeddings:
-      self.out = nn.Dense(c.vocab_size, use_bias=False)
+      self.out = Dense(c.vocab_size, use_bias=False, wide=True)
     if c.output_bias:
       self.bias = self.param('bias', nn.initializers.zeros, (c.vocab_size,))
 
@@ -187,10 +244,10 @@ class ClassHead(nn.Module):
     x = pool(c.pool, hidden, mask)
     init = nn.initializers.normal(0.02)
     if c.head_dense:
-      x = jnp.tanh(nn.Dense(c.model_dim, kernel_init=init, name='dense')(x))
+      x = jnp.tanh(Dense(c.model_dim, kernel_init=init, name='dense')(x))
     if c.embed_dim and c.embed_dim != c.model_dim:
-      x = nn.Dense(c.embed_dim, use_bias=False, name='project_out')(x)
-    out = nn.Dense(
+      x = Dense(c.embed_dim, use_bias=False, name='project_out')(x)
+    out = Dense(
       c.num_labels, use_bias=c.head_bias, kernel_init=init, name='out'
     )
     return out(x).astype(jnp.float32)

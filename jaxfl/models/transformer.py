@@ -25,7 +25,14 @@ from flax import linen as nn
 from jaxfl import typing as jt
 from jaxfl.models import rotary
 from jaxfl.models.config import Config
-from jaxfl.models.layers import Block, ClassHead, Norm, VocabularyHead
+from jaxfl.models.layers import (
+  Block,
+  ClassHead,
+  Dense,
+  Embed,
+  Norm,
+  VocabularyHead,
+)
 
 _HIDDEN = -1e9  # added to the scores that attention must not see
 
@@ -38,7 +45,7 @@ class Transformer(nn.Module):
   def setup(self):
     c = self.config
     small = nn.initializers.variance_scaling(1.0, 'fan_out', 'normal')
-    embed = lambda n, dim: nn.Embed(n, dim, embedding_init=small)
+    embed = lambda n, dim: Embed(n, dim, small)
     narrow = c.embed_dim or c.model_dim
     self.embed = embed(c.vocab_size, narrow)
     if c.learned_positions:
@@ -46,7 +53,7 @@ class Transformer(nn.Module):
     if c.type_vocab:
       self.types = embed(c.type_vocab, c.model_dim)
     if narrow != c.model_dim:
-      self.project_in = nn.Dense(c.model_dim, use_bias=False)
+      self.project_in = Dense(c.model_dim, use_bias=False)
     if c.embed_norm:
       self.embed_norm = Norm(c)
     # Flax types in_axes as one int; a tuple is documented
