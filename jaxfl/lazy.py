@@ -303,13 +303,13 @@ def wide_dot(
     x: [..., D].
     w: as for `dot`, with F large.
     axis: as for `dot`.
-    entries: of `w`, how many are made at once; at least 64 outputs' are.
+    entries: of `w`, how many are made at once; at least 128 outputs' are.
   """
   if entries is None and jax.device_count() > 1:
     return dot(x, w, axis)
   other = 1 - axis
   total = w.shape[other]
-  step = max(64, (entries or PART) // w.shape[axis] // 64 * 64)
+  step = max(128, (entries or PART) // w.shape[axis] // 128 * 128)
   if not isinstance(w, Step) or step >= total:
     return dot(x, w, axis)
   part = lambda start, size: w.part(start, size, other).dot(x, axis)

@@ -32,7 +32,7 @@ from experiments.benchmarks import (
   timing,
   torch_models,
 )
-from jaxfl import estimators, keys
+from jaxfl import keys, lazy
 from jaxfl import method as method_lib
 from jaxfl.methods import fed_avg, spsa
 
@@ -61,6 +61,7 @@ class Step:
       learning_rate=1e-4,
       mu=1e-3,
       forward_dtype=self.model.dtype,
+      in_layers='temporary',
     )
     self.batches = jax.tree.map(lambda x: x[None], self.batch)
     self.party = method_lib.Party(np.int32(0), np.int32(0), np.float32(1))
@@ -75,7 +76,7 @@ class Step:
 
   def forward(self):
     inference = jax.eval_shape(
-      lambda p: estimators.cast(p, self.model.dtype), self.like
+      lambda p: lazy.cast(p, self.model.dtype), self.like
     )
     return jax.jit(self.model.loss_fn).lower(inference, self.batch).compile()
 
@@ -101,7 +102,7 @@ def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
   steps = {count: Step(name, count) for count in tokens}
   step = steps[tokens[0]]
   state = step.method.init(models.params(name))
-  inference = estimators.cast(state.params, step.model.dtype)
+  inference = lazy.cast(state.params, step.model.dtype)
   server = step.server(state, 1)
   found = _once(name, step, state)
   for count, step in steps.items():
