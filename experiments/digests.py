@@ -7,8 +7,8 @@ exact updates, in the way of each method: its server applies messages whose
 bytes are drawn from a counter, so that no loss, and no rounding of a device,
 comes in. The digest of the weights must be the one in results/digests.json,
 which a CPU wrote and which the tests compare for ever; the command prints where
-it is not, and exits with 1. `--write` writes the file anew: for a new method, or
-after a change of the seed contract, which breaks every log there is.
+it is not, and exits with 1. `--write` writes the file anew: for a new method or
+after a change of the seed contract, which breaks every log.
 """
 
 import json

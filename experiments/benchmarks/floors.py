@@ -25,7 +25,16 @@ from experiments.benchmarks import machine, timing
 from jaxfl import keys
 
 # entries
-PER_HASH = {'rademacher': 64, 'walsh': 64, 'popcount16': 4, 'gaussian': 2}
+PER_HASH = {
+  'rademacher': 64,
+  'walsh': 64,
+  'popcount16': 4,
+  'gaussian': 2,
+  # factors are short, and their products are not counted
+  'rank1': math.inf,
+  'rank4': math.inf,
+  'rank16': math.inf,
+}
 # In one pass over the lanes. XLA on CPU is slower with more.
 _UNROLL, _BITS = 4, 8
 

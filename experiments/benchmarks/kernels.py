@@ -137,15 +137,15 @@ def _ferret(params, x):
   return perturb.replay(params, directions, gamma)
 
 
-def _ferret_blocks(params, x):
+def _ferret_blocks(distribution, max_size, params, x):
   """The same as the method has it: every block has directions of its own."""
-  size = sum(w.size for w in params.values())
-  parts = blocks.partition(params, max_size=max(1 << 14, size // 512))
+  kind = {'distribution': distribution}
+  parts = blocks.partition(params, max_size=max_size, **kind)
   counts = jnp.full(len(parts), FEW, jnp.int32)
-  directions = jnp.resize(x['keys'][:FEW], (len(parts) * FEW, 2))
-  gamma = blocks.project(params, parts, counts, directions) / FEW
+  directions = _pool(len(parts) * FEW, distribution, x)
+  gamma = blocks.project(params, parts, counts, directions, **kind) / FEW
   step = blocks.reconstruct(
-    params, parts, counts[None], directions[None], gamma[None]
+    params, parts, counts[None], directions[None], gamma[None], **kind
   )
   return jax.tree.map(jnp.add, params, step)
 
@@ -198,6 +198,23 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
       (torch[1],),
     )
     yield Entry(
+      f'replay_int rank1 K={count}',
+      functools.partial(_replay_int, count, 'rank1'),
+      cost(),
+      (torch[1],),
+      pooled=count,
+    )
+    yield Entry(
+      f'project rank1 K={count}',
+      lambda w, x, n=count: perturb.project(
+        w, x['keys'][:n], distribution='rank1'
+      ),
+      cost(1),
+      (torch[2],),
+      updates=False,
+      pooled=count,
+    )
+    yield Entry(
       f'pool rebuild rademacher K={count}',
       functools.partial(_rebuild, count, 'rademacher'),
       cost(2, count),
@@ -224,12 +241,19 @@ def entries(shapes: tensors.Shapes) -> Iterable[Entry]:
     cost(3, 2 * FEW),
     (torch[3],),
   )
-  yield Entry(
-    f'Ferret project + reconstruct in blocks K={FEW}',
-    _ferret_blocks,
-    cost(3, 2 * FEW),
-    (torch[3],),
-  )
+  size = tensors.entries(shapes)
+  for name, distribution, max_size in (
+    ('in blocks', 'rademacher', max(1 << 14, size // 512)),
+    ('in blocks, walsh', 'walsh', max(1 << 14, size // 512)),
+    ('whole, walsh', 'walsh', size),
+  ):
+    yield Entry(
+      f'Ferret project + reconstruct {name} K={FEW}',
+      functools.partial(_ferret_blocks, distribution, max_size),
+      cost(3, 2 * FEW if distribution == 'rademacher' else 2, distribution),
+      (torch[3],),
+      pooled=None if distribution == 'rademacher' else 2 * FEW,
+    )
 
 
 class Held:
