@@ -331,7 +331,8 @@ class _Packed(NamedTuple):
     """For `walsh.add_parties`: the parties, and the plan of one tensor."""
     pool_keys = jax.vmap(lambda pool: _pool_keys(pool, path))(self.pools)
     plan = _plan(blocks, mine, self.party_spans)._replace(tiled=False)
-    return walsh.Parties(pool_keys, self.by_party), plan
+    values = jnp.pad(self.by_party, ((0, 0), (0, walsh.SIZE)))
+    return walsh.Parties(pool_keys, values), plan
 
 
 def slots(counts: jt.Array, num_slots: int) -> tuple[jax.Array, jax.Array]:

@@ -43,8 +43,8 @@ def transform(x: jax.Array) -> jax.Array:
   return lax.fori_loop(0, SIZE.bit_length() - 1, step, x)
 
 
-def num_pools(count: int) -> int:
-  """P, of pools that have so many seeds."""
+def num_pools(count):
+  """P, of pools that have so many seeds; an integer or int32[]."""
   return -(-count // SIZE)
 
 
@@ -206,19 +206,25 @@ class Parties(NamedTuple):
   """What several parties add to blocks, each from pools of its own."""
 
   keys: jax.Array  # uint32[C, P, 4]
-  values: jax.Array  # [C, N]; those of a block are a part that its span has
+  values: jax.Array  # [C, N + 4096]; a span has those of a block; the last 4096
+  # are in no span
 
   def sum(self, part, tile):
     """`part` plus what all parties add to it; the tile's span is [C, 2]."""
 
-    def step(c, part):
+    def of_party(c, part):
       start, stop = tile.span[c, 0], tile.span[c, 1]
-      mine = jnp.roll(self.values[c], -start)
-      mine = jnp.where(np.arange(len(mine)) < stop - start, mine, 0)
-      tables = transform(by_pool(mine))
-      return _add_all(part, self.keys[c], tables, tile.offset)
 
-    return lax.fori_loop(0, len(self.keys), step, part)
+      def of_pool(p, part):
+        at = start + p * SIZE
+        mine = lax.dynamic_slice(self.values[c], (at,), (SIZE,))
+        mine = jnp.where(np.arange(SIZE) < stop - at, mine, 0)
+        step = spread(transform(mine), self.keys[c, p], part.shape, tile.offset)
+        return part + step
+
+      return lax.fori_loop(0, num_pools(stop - start), of_pool, part)
+
+    return lax.fori_loop(0, len(self.keys), of_party, part)
 
 
 def add_parties(w, parties: Parties, plan):
@@ -271,11 +277,22 @@ def project_blocks(x, keys, plan, count: int, *, looped: bool):
   Returns:
     float32[M], zero outside of the spans.
   """
-  index = np.arange(count)
+  width = min(SIZE, count)
+  index = np.arange(width)
 
   def visit(out, tile):
     start, stop = tile.span[0], tile.span[1]
-    y = project(tile.read(x), keys, tile.offset, looped=looped)[:count]
-    return out + jnp.roll(jnp.where(index < stop - start, y, 0.0), start)
+    part = tile.read(x)
 
-  return tiles.fold(visit, jnp.zeros(count, jnp.float32), plan)
+    def of_pool(p, out):
+      at = start + p * SIZE
+      y = project(part, keys[p][None], tile.offset, looped=looped)[:width]
+      y = jnp.where(
+        index < stop - at, y, lax.dynamic_slice(out, (at,), (width,))
+      )
+      return lax.dynamic_update_slice(out, y, (at,))
+
+    return lax.fori_loop(0, num_pools(stop - start), of_pool, out)
+
+  out = jnp.zeros(count + SIZE, jnp.float32)
+  return tiles.fold(visit, out, plan)[:count]
