@@ -19,6 +19,7 @@ from jaxfl import (
   lazy,
   objectives,
   perturb,
+  pool,
 )
 from jaxfl.method import Party
 from jaxfl.methods import decomfl, fedkseed, spsa
@@ -99,6 +100,27 @@ def test_every_parameter_has_the_bits_of_perturb(name, distribution):
     boxes
   )
   assert_same_bits(found, whole)
+
+
+def test_walsh_directions_in_boxes():
+  rng = np.random.default_rng(7)
+  shapes = {
+    'embed': (200, 150),
+    'layers': {'aligned': (2, 64, 128), 'odd': (2, 40, 150), 'vector': (2, 9)},
+  }
+  params = jax.tree.map(
+    lambda shape: rng.normal(size=shape).astype(np.float32),
+    shapes,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  direction = pool.directions(keys.root(5), np.int32(1234), 'walsh')
+  whole = perturb.perturb(params, direction, MU, distribution='walsh')
+  boxes = lazy.perturbed(params, direction, MU, distribution='walsh')
+  open_all = functools.partial(jax.tree.map, opened, is_leaf=lazy.is_box)
+  assert_same_bits(jax.jit(open_all)(boxes), whole)
+  index = np.array([[3, 199, 64], [0, 3, 131]])
+  rows = jax.jit(lazy.take)(boxes['embed'], index)
+  assert_same_bits(rows, whole['embed'][index])
 
 
 @pytest.mark.parametrize(
