@@ -179,7 +179,7 @@ def test_what_is_refused(settings, message, numbers):
     ({'adapter': 'lora'}, 'adapter does not apply to dataset .* kind tables'),
     ({'model': 'cnn'}, 'model does not apply'),
     (
-      {'dataset': 'sst2', 'hidden_units': 10},
+      {'dataset': 'sst2', 'hidden_units': None},
       'target does not apply to dataset sst2',
     ),
     ({'dataset': 'sst2', 'target': None}, 'hidden_units does not apply'),
