@@ -264,8 +264,13 @@ class Held:
 
   def call(self, compiled, entry: Entry, x):
     result = jax.block_until_ready(compiled(self.params, x))
-    if entry.updates:
-      self.params = result[0] if isinstance(result, tuple) else result
+    if not isinstance(result, tuple):
+      self.params = result if entry.updates else self.params
+      return
+    self.params, *_, overflow = result
+    if any(map(bool, jax.tree.leaves(overflow))):
+      # what is off its grid is not updated: that would be timed
+      raise RuntimeError(f'{entry.name}: weights have left their grid')
 
 
 def _compile(entry, shapes, x):
@@ -289,13 +294,17 @@ def operations(
     shapes: of the tensors.
     names: of the rows; all if there are none.
   """
-  x, held = inputs(shapes), Held(_zeros(shapes))
+  x = inputs(shapes)
+  # floats would put the weights off the grid of the integers
+  floats, integers = Held(_zeros(shapes)), Held(_zeros(shapes))
   size = tensors.entries(shapes)
   found = []
   for entry in entries(shapes):
     if names and entry.name not in names:
       continue
     compiled = _compile(entry, shapes, x)
+    exact = entry.name.startswith(('replay_int', 'pool rebuild'))
+    held = integers if exact else floats
     directions = entry.pooled or max(1.0, entry.cost.directions)
     has_floor = entry.shown and entry.name != 'w + c'
     found.append(
