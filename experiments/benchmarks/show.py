@@ -80,16 +80,21 @@ def _caption(found):
   return '\n'.join(lines + found.get('notes', []))
 
 
+_COLORS = {'floor': '0.75', 'ours': 'tab:blue', 'competitor': 'tab:orange'}
+
+
 def draw(found: dict[str, Any], path: pathlib.Path) -> None:
   """Bars of ours, the best rival and the floor, a panel for each `on`."""
   import matplotlib
 
   matplotlib.use('Agg')
+  from matplotlib import patches
   from matplotlib import pyplot as plt
 
   panels: dict[str, list[Row]] = {}
   for row in found['rows']:
-    panels.setdefault(row['on'], []).append(row)
+    if row['on'] != 'core':  # what floors are counted from
+      panels.setdefault(row['on'], []).append(row)
   heights = [len(rows) + 2 for rows in panels.values()]
   figure, axes = plt.subplots(
     len(panels),
@@ -102,7 +107,10 @@ def draw(found: dict[str, Any], path: pathlib.Path) -> None:
   for axis, (on, rows) in zip(axes[:, 0], panels.items(), strict=True):
     _bars(axis, rows)
     axis.set_title(on, fontsize=9, loc='left')
-  axes[0, 0].legend(frameon=False, fontsize=8, loc='lower right')
+  handles = [patches.Patch(color=color) for color in _COLORS.values()]
+  figure.legend(
+    handles, _COLORS, loc='outside upper right', ncols=3, fontsize=8
+  )
   axes[-1, 0].set_xlabel(found['unit'])
   machine = found['machine']
   figure.suptitle(
@@ -119,19 +127,15 @@ def _bars(axis, rows):
     max((r['rate'] for r in row['rivals'].values()), default=None)
     for row in rows
   ]
-  bars = (
-    ('floor', [row.get('floor_rate') for row in rows], '0.75'),
-    ('ours', [row['rate'] for row in rows], 'tab:blue'),
-    ('best competitor', rivals, 'tab:orange'),
-  )
-  for i, (label, values, color) in enumerate(bars):
+  floors = [row.get('floor_rate') for row in rows]
+  bars = floors, [row['rate'] for row in rows], rivals
+  for i, (values, color) in enumerate(zip(bars, _COLORS.values(), strict=True)):
     places = [(n, v) for n, v in enumerate(values) if v is not None]
     axis.barh(
       [n + 0.27 * (i - 1) for n, _ in places],
       [v for _, v in places],
       height=0.25,
       color=color,
-      label=label,
     )
   axis.set_yticks(range(len(rows)), [row['operation'] for row in rows])
   axis.tick_params(labelsize=7)
