@@ -23,6 +23,7 @@ import numpy as np
 import optax
 from absl import app, flags
 
+from experiments import build
 from jaxfl import digest, keys
 from jaxfl import method as method_lib
 from jaxfl.methods import fedkseed, ferret, spsa
@@ -65,14 +66,10 @@ class Case(NamedTuple):
   clients: int
 
 
-def _no_loss(params, batch):
-  raise NotImplementedError('servers have no loss')
-
-
 def _spsa(distribution):
   return Case(
     spsa.spsa(
-      _no_loss,
+      build.no_loss,
       _ROOT,
       learning_rate=1e-3,
       mu=1e-3,
@@ -89,7 +86,7 @@ def _spsa(distribution):
 def _fedkseed(distribution):
   return Case(
     fedkseed.fedkseed(
-      _no_loss,
+      build.no_loss,
       _ROOT,
       learning_rate=1e-3,
       mu=1e-3,
@@ -106,7 +103,7 @@ def _fedkseed(distribution):
 def _ferret(distribution):
   return Case(
     ferret.ferret(
-      _no_loss,
+      build.no_loss,
       _ROOT,
       client_optimizer=optax.sgd(1.0),
       coordinates=500,
