@@ -60,7 +60,7 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
     'distribution': config.distribution,
     'forward_dtype': config.forward_dtype,
     'in_layers': _form(config),
-    'sides_at_once': config.sides_at_once,
+    'forwards_at_once': config.forwards_at_once,
     'num_rounds': config.num_rounds,
   }
 
@@ -281,7 +281,7 @@ def _diff2(
 
 _ZEROTH_ORDER = frozenset(
   {'schedule', 'warmup_rounds', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
-  | {'distribution', 'forward_dtype', 'in_layers', 'sides_at_once'}
+  | {'distribution', 'forward_dtype', 'in_layers', 'forwards_at_once'}
 )
 _SPSA = _ZEROTH_ORDER | {
   'num_perturbations', 'sides', 'scaling', 'weights', 'weight_decay'

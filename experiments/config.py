@@ -163,8 +163,10 @@ class Config:
     ' split (x W + mu x z), or none (all before the forward pass). auto is'
     ' temporary, but none for objective f1.',
   )
-  sides_at_once: bool = _setting(
-    False, 'Evaluate both sides of a direction as one batch.'
+  forwards_at_once: int = _setting(
+    1,
+    'Forward passes that run as one batch: 2 for both sides of a direction,'
+    ' 2 n for n directions of num_perturbations.',
   )
   # fedkseed, fedkseed_pro
   num_seeds: int = _setting(4096, 'Seeds of the pool.')

@@ -11,6 +11,7 @@ References:
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,9 +20,6 @@ from jaxfl import checks, lazy, perturb
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')  # names of functions
-# Of the two sides: two programs, which share the directions that they add; one
-# program that runs twice; or one batch, which reads every weight once.
-ORDERS = ('unrolled', 'loop', 'batch')
 
 Perturb = Callable[[jax.Array, jax.Array], jt.Params]  # direction, scale
 
@@ -57,29 +55,68 @@ def perturber(
   return perturbed
 
 
-def order_of(in_layers: str | None, sides_at_once: bool) -> str:
-  """How the two sides are evaluated best, one of `ORDERS`.
+class Passes(NamedTuple):
+  """How the forward passes of a round follow each other; from `passes`.
+
+  Attributes:
+    shared: two programs for two sides, which share the direction that they add;
+      or one program that runs twice, for boxes, which add it as they go.
+    at_once: forward passes that are one batch.
+  """
+
+  shared: bool = True
+  at_once: int = 1
+
+
+def passes(
+  in_layers: str | None,
+  forwards_at_once: int,
+  *,
+  num_perturbations: int = 1,
+  sides: str = 'two_sided',
+) -> Passes:
+  """Checks how a method wants its forward passes.
+
+  Args:
+    in_layers: see `perturber`.
+    forwards_at_once: passes that run as one batch, with so many times the
+      activations; every weight is read once for all of them, and with
+      `in_layers='split'` is an operand of one product for all of them. Two are
+      the sides of a direction, 2 n the sides of n directions.
+    num_perturbations: directions that are evaluated at the same params.
+    sides: one of `SIDES`.
 
   Raises:
-    ValueError: for a form `in_layers` that `perturber` does not know.
+    ValueError: naming the argument that is wrong.
   """
   if in_layers is not None:
     checks.one_of('in_layers', in_layers, lazy.FORMS)
-  if sides_at_once:
-    return 'batch'
-  return 'unrolled' if in_layers is None else 'loop'
+  each = 2 if sides == 'two_sided' else 1
+  most = each * num_perturbations
+  if not 1 <= forwards_at_once <= most:
+    raise ValueError(
+      f'forwards_at_once must be in [1, {most}], the forward passes at the same'
+      f' params; got {forwards_at_once}'
+    )
+  if forwards_at_once > 1 and forwards_at_once % each:
+    raise ValueError(
+      'forwards_at_once must be 1 or even for two sides of every direction, got'
+      f' {forwards_at_once}'
+    )
+  return Passes(in_layers is None, forwards_at_once)
 
 
-def _both_sides(loss_at, mu, order):
+def _both_sides(loss_at, mu, passes):
   """The losses at +mu and -mu, of a function scale -> loss."""
-  if order == 'unrolled':
+  if passes.at_once == 1 and passes.shared:
     return loss_at(mu), loss_at(-mu)
-  scales = jnp.stack([mu, -mu])
-  if order == 'batch':
-    plus, minus = jax.vmap(loss_at)(scales)
-  else:
-    plus, minus = jax.lax.map(loss_at, scales)
+  plus, minus = _map(loss_at, jnp.stack([mu, -mu]), min(passes.at_once, 2))
   return plus, minus
+
+
+def _map(function, xs, size):
+  """`lax.map`, with `size` elements at once under `vmap`."""
+  return jax.lax.map(function, xs, batch_size=size if size > 1 else None)
 
 
 def two_sided(
@@ -88,8 +125,7 @@ def two_sided(
   directions: jax.Array,
   batches: jt.Batch,
   mu: jax.Array,
-  *,
-  order: str = 'unrolled',
+  passes: Passes,
 ) -> tuple[jax.Array, jax.Array]:
   """`(L(w + mu z) - L(w - mu z)) / (2 mu)`, each direction on its own batch.
 
@@ -99,7 +135,7 @@ def two_sided(
     directions: uint32[K, 2].
     batches: pytree of arrays with leading axis K.
     mu: float32[], perturbation radius.
-    order: one of `ORDERS`.
+    passes: from the function `passes`.
 
   Returns:
     Projected gradients float32[K], and the mean of all losses float32[].
@@ -108,10 +144,12 @@ def two_sided(
   def estimate(args):
     direction, batch = args
     loss_at = lambda scale: loss_fn(perturbed(direction, scale), batch)
-    plus, minus = _both_sides(loss_at, mu, order)
+    plus, minus = _both_sides(loss_at, mu, passes)
     return (plus - minus) / (2.0 * mu), 0.5 * (plus + minus)
 
-  projected_grads, losses = jax.lax.map(estimate, (directions, batches))
+  projected_grads, losses = _map(
+    estimate, (directions, batches), passes.at_once // 2
+  )
   return projected_grads, losses.mean()
 
 
@@ -121,8 +159,7 @@ def one_sided(
   directions: jax.Array,
   batches: jt.Batch,
   mu: jax.Array,
-  *,
-  order: str = 'unrolled',
+  passes: Passes,
 ) -> tuple[jax.Array, jax.Array]:
   """`(L(w + mu z) - L(w)) / mu`, all directions on one batch.
 
@@ -132,16 +169,15 @@ def one_sided(
     directions: uint32[K, 2].
     batches: pytree of arrays with leading axis 1.
     mu: float32[], perturbation radius.
-    order: unused: directions are evaluated one after the other.
+    passes: from the function `passes`; the one at w runs on its own.
 
   Returns:
     Projected gradients float32[K], and the loss at w, float32[].
   """
-  del order  # Unused.
   batch = jax.tree.map(lambda x: x[0], batches)
   base = loss_fn(perturbed(directions[0], 0.0 * mu), batch)
 
   def estimate(direction):
     return (loss_fn(perturbed(direction, mu), batch) - base) / mu
 
-  return jax.lax.map(estimate, directions), base
+  return _map(estimate, directions, passes.at_once), base

@@ -21,6 +21,7 @@ from jaxfl import (
   perturb,
   pool,
 )
+from jaxfl.estimators import Passes
 from jaxfl.method import Party
 from jaxfl.methods import decomfl, fedkseed, spsa
 from jaxfl.models import transformer
@@ -134,17 +135,18 @@ def test_walsh_directions_in_boxes():
 def test_losses_are_those_of_a_whole_copy(name, distribution):
   params, loss_fn = model(name)
 
-  def sides(move, order):
+  def sides(move, passes):
     loss_at = lambda s: loss_fn(move(params, DIRECTION, s), batch())
-    return jnp.stack(estimators._both_sides(loss_at, MU, order))
+    return jnp.stack(estimators._both_sides(loss_at, MU, passes))
 
   run = jax.jit(sides, static_argnums=(0, 1))
   kind = functools.partial
-  whole = run(kind(perturb.perturb, distribution=distribution), 'unrolled')
+  whole = run(kind(perturb.perturb, distribution=distribution), Passes())
   assert abs(whole[0] - whole[1]) > 1e-3
-  for form, order in zip(lazy.FORMS, ('loop', 'batch'), strict=True):
+  for form, at_once in zip(lazy.FORMS, (1, 2), strict=True):
     move = kind(lazy.perturbed, distribution=distribution, form=form)
-    np.testing.assert_allclose(run(move, order), whole, rtol=3e-6)
+    found = run(move, estimators.passes(form, at_once))
+    np.testing.assert_allclose(found, whole, rtol=3e-6)
 
 
 @pytest.mark.parametrize('distribution', EXACT)
@@ -197,22 +199,25 @@ def test_split_keeps_steps_that_16_bits_lose():
   np.testing.assert_array_equal(moved('split')[0], z)
 
 
-def compiled(config, form, order, rows=1):
+def compiled(config, form, at_once, *, count=1, rows=1):
   params = jax.eval_shape(
     functools.partial(transformer.init, config), jax.random.key(0)
   )
   loss_fn = objectives.lm_loss(config)
-  tokens = jax.ShapeDtypeStruct((rows, 16), jnp.int32)
+  tokens = jax.ShapeDtypeStruct((count, rows, 16), jnp.int32)
+  directions = jax.ShapeDtypeStruct((count, 2), jnp.uint32)
+  passes = estimators.passes(form, at_once, num_perturbations=count)
 
-  def step(params, direction, mu, tokens):
+  def step(params, directions, mu, tokens):
     moved = estimators.perturber(
       params, distribution='rademacher', dtype=None, in_layers=form
     )
-    loss_at = lambda s: loss_fn(moved(direction, s), {'tokens': tokens})
-    return estimators._both_sides(loss_at, mu, order)
+    return estimators.two_sided(
+      loss_fn, moved, directions, {'tokens': tokens}, mu, passes
+    )
 
   run = jax.jit(step)
-  return run.lower(params, DIRECTION, MU, tokens).compile()
+  return run.lower(params, directions, MU, tokens).compile()
 
 
 def sized(num_layers):
@@ -223,12 +228,10 @@ def sized(num_layers):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  ('form', 'order'), [('temporary', 'loop'), ('split', 'batch')]
-)
-def test_memory_and_program_do_not_grow_with_the_layers(form, order):
+@pytest.mark.parametrize(('form', 'at_once'), [('temporary', 1), ('split', 2)])
+def test_memory_and_program_do_not_grow_with_the_layers(form, at_once):
   layer = 4 * (4 * 128 * 128 + 2 * 128 * 512)  # bytes
-  few, many = (compiled(sized(n), form, order) for n in (2, 16))
+  few, many = (compiled(sized(n), form, at_once) for n in (2, 16))
   temp = lambda run: run.memory_analysis().temp_size_in_bytes
   assert temp(many) - temp(few) < layer / 2
   # one matrix or two, their parts of z, and the activations of 32 tokens
@@ -237,9 +240,10 @@ def test_memory_and_program_do_not_grow_with_the_layers(form, order):
   assert instructions(many) < 1.02 * instructions(few)
 
 
-def test_both_sides_are_one_product_with_each_weight():
-  """`split`, `batch`: W is an operand as it is, of both sides together."""
-  run = compiled(sized(3), 'split', 'batch', rows=2)
+@pytest.mark.parametrize('count', [1, 3])
+def test_passes_at_once_are_one_product_with_each_weight(count):
+  """`split`: W is an operand as it is, of both sides of all directions."""
+  run = compiled(sized(3), 'split', 2 * count, count=count, rows=2)
   products = re.findall(
     r'= (\w+\[[\d,]*\])\S* (?:dot|custom-call)\(', run.as_text()
   )
@@ -247,7 +251,7 @@ def test_both_sides_are_one_product_with_each_weight():
   sizes = [
     int(np.prod([int(n) for n in re.findall(r'\d+', x)[1:]])) for x in up
   ]
-  assert sizes == [2 * 2 * 15 * 512] * 2  # with W and with z
+  assert sizes == [2 * count * 2 * 15 * 512] * 2  # with W and with z
 
 
 def methods(loss_fn, **kind):
@@ -265,14 +269,15 @@ def methods(loss_fn, **kind):
 
 
 @pytest.mark.parametrize(
-  ('name', 'form'),
+  ('name', 'form', 'at_once'),
   [
-    ('spsa', 'temporary'),
-    pytest.param('fedkseed', 'temporary', marks=SLOW),
-    pytest.param('decomfl', 'split', marks=SLOW),
+    ('spsa', 'temporary', 1),
+    pytest.param('spsa', 'split', 4, marks=SLOW),
+    pytest.param('fedkseed', 'temporary', 2, marks=SLOW),
+    pytest.param('decomfl', 'split', 2, marks=SLOW),
   ],
 )
-def test_messages_of_methods(name, form):
+def test_messages_of_methods(name, form, at_once):
   params, loss_fn = model('odd')
   party = Party(np.int32(1), np.int32(0), np.float32(1))
 
@@ -284,7 +289,7 @@ def test_messages_of_methods(name, form):
     return jax.jit(method.client)(method.init(params), (), batches, party)[0]
 
   whole = message()
-  found = message(in_layers=form, sides_at_once=form == 'split')
+  found = message(in_layers=form, forwards_at_once=at_once)
   # a loss of 4 and its last bits, over 2 mu
   np.testing.assert_allclose(found, whole, atol=5e-3)
   assert np.abs(whole).max() > 0.1

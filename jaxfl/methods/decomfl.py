@@ -65,7 +65,7 @@ def decomfl(
   weights: str = 'grid',
   forward_dtype: str | None = None,
   in_layers: str | None = None,
-  sides_at_once: bool = False,
+  forwards_at_once: int = 1,
   num_rounds: int | None = None,
 ) -> method_lib.Method:
   """Builds DeComFL.
@@ -83,12 +83,9 @@ def decomfl(
     distribution: of the directions, see `perturb`.
     weights: `grid` or `float32`, see `master`.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
-    in_layers: how the loss perturbs the weights: None if it takes any pytree of
-      arrays and the weights are perturbed before it sees them, as a whole copy;
-      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
-      do, layer by layer.
-    sides_at_once: whether the two sides of a direction are one batch, with
-      twice the activations, or take turns.
+    in_layers: None, or for the models of `jaxfl.models` a form of `jaxfl.lazy`:
+      weights are perturbed layer by layer, see `estimators.perturber`.
+    forwards_at_once: see `estimators.passes`.
     num_rounds: length of the schedules; needed with functions of the round.
 
   Returns:
@@ -108,7 +105,12 @@ def decomfl(
       raise ValueError(f'{name} must be >= 1, got {value}')
   num_scalars = local_steps * num_perturbations
   code = codecs.codec(codec, scale=codec_scale)
-  order = estimators.order_of(in_layers, sides_at_once)
+  passes = estimators.passes(
+    in_layers,
+    forwards_at_once,
+    num_perturbations=num_perturbations,
+    sides=sides,
+  )
   moved_by = functools.partial(
     estimators.perturber,
     distribution=distribution,
@@ -146,9 +148,7 @@ def decomfl(
       shared = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (copies, *leaf.shape)), batch
       )
-      g, loss = estimate(
-        loss_fn, perturbed, directions, shared, radius, order=order
-      )
+      g, loss = estimate(loss_fn, perturbed, directions, shared, radius, passes)
       g = g.astype(jnp.float32)
       moves = jnp.where(jnp.isfinite(g), -(rate * g), 0.0)
       params = perturb.replay(

@@ -94,7 +94,7 @@ def fedkseed(
   weight_decay: float = 0.0,
   forward_dtype: str | None = None,
   in_layers: str | None = None,
-  sides_at_once: bool = False,
+  forwards_at_once: int = 1,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
@@ -118,12 +118,9 @@ def fedkseed(
       replica then keeps its base and rebuilds from it in every round, which is
       one pass over all directions.
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
-    in_layers: how the loss perturbs the weights: None if it takes any pytree of
-      arrays and the weights are perturbed before it sees them, as a whole copy;
-      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
-      do, layer by layer.
-    sides_at_once: whether the two sides of a direction are one batch, with
-      twice the activations, or take turns.
+    in_layers: None, or for the models of `jaxfl.models` a form of `jaxfl.lazy`:
+      weights are perturbed layer by layer, see `estimators.perturber`.
+    forwards_at_once: see `estimators.passes`.
     num_rounds: length of the schedules; needed with functions of the round.
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
@@ -156,10 +153,12 @@ def fedkseed(
   if privacy is None:
     code = codecs.codec(codec, scale=codec_scale)
   else:
+    if forwards_at_once > 1:
+      raise ValueError('forwards_at_once must be 1 for private scalars')
     private_scalars.check_count(privacy, local_steps)
     hide = private_scalars.mechanism(privacy, codec)
     code = hide.code
-  order = estimators.order_of(in_layers, sides_at_once)
+  passes = estimators.passes(in_layers, forwards_at_once)
   moved_by = functools.partial(
     estimators.perturber,
     distribution=distribution,
@@ -226,7 +225,7 @@ def fedkseed(
       """What is sent of a step, what its client makes of it, and the loss."""
       one = jax.tree.map(lambda leaf: leaf[None], batch)
       g, loss = estimators.two_sided(
-        loss_fn, perturbed, direction[None], one, radius, order=order
+        loss_fn, perturbed, direction[None], one, radius, passes
       )
       g = g[0].astype(jnp.float32)
       return g, g, loss

@@ -74,7 +74,7 @@ def spsa(
   weights: str = 'grid',
   forward_dtype: str | None = None,
   in_layers: str | None = None,
-  sides_at_once: bool = False,
+  forwards_at_once: int = 1,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
 ) -> method_lib.Method:
@@ -96,12 +96,9 @@ def spsa(
     weights: `grid` (exact, any order) or `float32` (no grid; adds in the order
       of party ids, equal on every device all the same).
     forward_dtype: dtype in which `loss_fn` sees the params, default float32.
-    in_layers: how the loss perturbs the weights: None if it takes any pytree of
-      arrays and the weights are perturbed before it sees them, as a whole copy;
-      a form of `jaxfl.lazy` if it opens boxes, as the models of `jaxfl.models`
-      do, layer by layer.
-    sides_at_once: whether the two sides of a direction are one batch, with
-      twice the activations, or take turns.
+    in_layers: None, or for the models of `jaxfl.models` a form of `jaxfl.lazy`:
+      weights are perturbed layer by layer, see `estimators.perturber`.
+    forwards_at_once: see `estimators.passes`.
     num_rounds: length of the schedules; needed with functions of the round.
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
@@ -125,10 +122,17 @@ def spsa(
   else:
     if sides != 'two_sided':
       raise ValueError(f'private scalars are two_sided, got sides={sides!r}')
+    if forwards_at_once > 1:
+      raise ValueError('forwards_at_once must be 1 for private scalars')
     private_scalars.check_count(privacy, num_perturbations)
     hide = private_scalars.mechanism(privacy, codec)
     code = hide.code
-  order = estimators.order_of(in_layers, sides_at_once)
+  passes = estimators.passes(
+    in_layers,
+    forwards_at_once,
+    num_perturbations=num_perturbations,
+    sides=sides,
+  )
   moved_by = functools.partial(
     estimators.perturber,
     distribution=distribution,
@@ -187,7 +191,7 @@ def spsa(
       return message, local, {'loss': losses.mean()}
 
     projected_grads, loss = estimate(
-      loss_fn, perturbed, directions, batches, radius, order=order
+      loss_fn, perturbed, directions, batches, radius, passes
     )
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}
