@@ -313,12 +313,6 @@ _DP_SKETCH = (_DP_GD - {'research_float_noise'}) | {
   'coordinates', 'distribution', 'local_steps', 'server_lr',
   'client_optimizer', 'weight_decay',
 }  # fmt: skip
-# read by methods of scalars if they have a budget, and what they then don't
-_PRIVATE_SCALARS = frozenset(
-  {'delta_dp', 'clip_norm', 'microbatch_size', 'research_float_noise'}
-)
-_NOT_PRIVATE = frozenset({'sides', 'codec_scale'})
-
 METHODS = {
   'spsa': Entry(
     _spsa,
@@ -367,72 +361,6 @@ METHODS = {
   'diff2': Entry(_diff2, {'learning_rate': 0.3}, _DIFF2),
   'dp_sketch': Entry(_dp_sketch, {'learning_rate': 0.3}, _DP_SKETCH),
 }  # fmt: skip
-
-
-_LORA = ('adapter', ('lora',))
-# settings that are read only where another one has some value
-_NEEDS = {
-  'lora_rank': _LORA,
-  'lora_alpha': _LORA,
-  'lora_targets': _LORA,
-  'dirichlet_alpha': ('partition', ('dirichlet',)),
-  'labels_per_client': ('partition', ('label',)),
-  'partition_column': ('partition', ('dirichlet', 'label', 'column')),
-}
-
-
-def resolve(config: Config) -> Config:
-  """Fills in the method's defaults; refuses settings that it does not read.
-
-  Raises:
-    UsageError: naming the method or the setting.
-  """
-  if config.method not in METHODS:
-    raise UsageError(
-      f'method must be one of {", ".join(METHODS)}; got {config.method!r}'
-    )
-  entry = METHODS[config.method]
-  if entry.if_private is not None:
-    reads = entry.settings | {'epsilon_dp'}
-    if config.epsilon_dp is not None:
-      reads = (reads | _PRIVATE_SCALARS) - _NOT_PRIVATE
-      entry = dataclasses.replace(
-        entry, defaults=entry.defaults | entry.if_private
-      )
-    entry = dataclasses.replace(entry, settings=reads)
-  own = frozenset().union(*(e.settings for e in METHODS.values()))
-  changed = {
-    f.name
-    for f in dataclasses.fields(config)
-    if getattr(config, f.name) not in (f.default, entry.defaults.get(f.name))
-  }
-  if stray := sorted(changed & (own - entry.settings)):
-    raise UsageError(
-      f'{stray[0]} does not apply to method {config.method}; it reads'
-      f' {", ".join(sorted(entry.settings))}'
-    )
-  kind = problem.kind_of(config)
-  reads = problem.SETTINGS[kind]
-  if stray := sorted(
-    changed & (frozenset().union(*problem.SETTINGS.values()) - reads)
-  ):
-    raise UsageError(
-      f'{stray[0]} does not apply to dataset {config.dataset}, which is of the'
-      f' kind {kind}; it reads {", ".join(sorted(reads))}'
-    )
-  for name in sorted(changed & set(_NEEDS)):
-    other, values = _NEEDS[name]
-    if (found := getattr(config, other)) not in values:
-      raise UsageError(
-        f'{name} does not apply to {other} {found}; it is for'
-        f' {other} {" or ".join(values)}'
-      )
-  unset = {
-    k: v
-    for k, v in entry.defaults.items()
-    if getattr(config, k) is None or k in own - entry.settings
-  }
-  return dataclasses.replace(config, **unset)
 
 
 def no_loss(params, batch):

@@ -31,7 +31,7 @@ def scalars(
   """Of spsa and fedkseed."""
   count = config.num_perturbations if config.method == 'spsa' else None
   count = count or config.local_steps
-  assert count is not None  # `build.resolve` has filled it in
+  assert count is not None  # `defaults.resolve` has filled it in
   return calibration.scalars(
     *target(config, num_examples),
     num_rounds=config.num_rounds,

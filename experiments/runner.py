@@ -31,7 +31,7 @@ def run(
   """Runs, or goes on with, an experiment.
 
   Args:
-    config: resolved settings, see `build.resolve`.
+    config: resolved settings, see `defaults.resolve`.
     directory: of the run; if it holds a run, the one to go on with. Used by the
       first process only.
     mesh: where clients run; by default, in the simulator. The result is the

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import logging
 from jax.sharding import Mesh
 
@@ -98,8 +99,10 @@ class Session:
         problem.task.num_examples,
       ),
       frozen=problem.frozen,
+      donate=True,
     )
-    self.state = method.init(base)
+    # arrays of its own, as the first round takes them
+    self.state = jax.tree.map(jnp.copy, method.init(base))
     self.round = 0
     self.ledger: dict[str, Any] = dict.fromkeys(TOTALS, 0) | {'wall_s': 0.0}
     self._local = simulate.init_local(method, base, config.num_clients)

@@ -21,7 +21,7 @@ from absl import app, flags, logging
 from jax.sharding import Mesh
 from ml_collections import config_flags
 
-from experiments import build, report, runner
+from experiments import defaults, report, runner
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError, from_mapping, types_of
 from jaxfl.runtime import distributed
@@ -112,7 +112,7 @@ def asked_for(there: Config | None) -> tuple[Config, set[str]]:
       values[name] = flag.value
       given.add(name)
   config = from_mapping(values)
-  return config if there is not None else build.resolve(config), given
+  return config if there is not None else defaults.resolve(config), given
 
 
 def devices() -> Mesh | None:

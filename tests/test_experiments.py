@@ -13,7 +13,7 @@ import time
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import build
+from experiments import build, defaults
 from experiments.config import UsageError, from_mapping
 from jaxfl import metrics
 from jaxfl.digest import digest
@@ -303,7 +303,7 @@ def test_changed_data_are_refused(environment, tmp_path):
 )
 def test_settings_that_are_wrong_are_named(settings, message):
   def method_of(settings):
-    config = build.resolve(from_mapping(settings))
+    config = defaults.resolve(from_mapping(settings))
     return build.build_method(config, build.no_loss)
 
   with pytest.raises(UsageError, match=message):

@@ -6,7 +6,7 @@ import struct
 import numpy as np
 import pytest
 
-from experiments import build, problem, replay, runner
+from experiments import defaults, problem, replay, runner
 from experiments.config import UsageError, from_mapping
 from jaxfl import digest
 from jaxfl.data import images
@@ -49,7 +49,7 @@ def config_of(folder, **settings):
     'dataset': str(folder), 'num_clients': 3, 'num_rounds': 2,
     'batch_size': 4, 'eval_every': 1, 'learning_rate': 1e-3,
   }  # fmt: skip
-  return build.resolve(from_mapping(fixed | settings))
+  return defaults.resolve(from_mapping(fixed | settings))
 
 
 def test_both_pairs_are_read_as_they_are(folder):

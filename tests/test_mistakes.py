@@ -9,7 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from experiments import build, models, problem, replay, session, workdir
+from experiments import (
+  build,
+  defaults,
+  models,
+  problem,
+  replay,
+  session,
+  workdir,
+)
 from experiments.config import UsageError, from_mapping
 from jaxfl import keys
 from jaxfl.data import features
@@ -24,7 +32,7 @@ PARAMS = transformer.init(SHAPE, jax.random.key(0))
 
 
 def make(**settings):
-  return build.resolve(from_mapping({'num_clients': 2} | settings))
+  return defaults.resolve(from_mapping({'num_clients': 2} | settings))
 
 
 def write_rows(folder, rows):

@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 
-from experiments import build, guarantee, replay, runner
+from experiments import defaults, guarantee, replay, runner
 from experiments.config import UsageError, from_mapping
 from experiments.workdir import Workdir
 from jaxfl import log as log_lib
@@ -33,7 +33,7 @@ def config_of(npz, **settings):
     'clip_norm_diff': 0.5, 'research_float_noise': True, 'eval_every': 4,
     'snapshot_every': 4, 'block_size': 4,
   }  # fmt: skip
-  return build.resolve(from_mapping(fixed | settings))
+  return defaults.resolve(from_mapping(fixed | settings))
 
 
 @pytest.fixture(scope='module')

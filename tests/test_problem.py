@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, problem, replay, runner
+from experiments import build, defaults, problem, replay, runner
 from experiments.config import UsageError, from_mapping
 from experiments.workdir import Workdir
 from jaxfl import adapters, keys
@@ -111,7 +111,7 @@ def responses(tmp_path_factory):
 
 
 def make(**settings):
-  return build.resolve(from_mapping(SMALL | settings))
+  return defaults.resolve(from_mapping(SMALL | settings))
 
 
 def test_a_run_replays_and_exports_what_it_evaluated(
@@ -237,7 +237,7 @@ def test_features(tmp_path):
   np.savez(path, f_train=x[:40], y_train=y[:40], f_test=x[40:], y_test=y[40:])
   settings = SMALL | {'num_rounds': 40, 'learning_rate': 0.3, 'eval_every': 40}
   del settings['sequence_length'], settings['eval_batch_size']
-  config = build.resolve(
+  config = defaults.resolve(
     from_mapping(settings | {'dataset': str(path), 'batch_size': 8})
   )
   summary = runner.run(config, tmp_path / 'run')

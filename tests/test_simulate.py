@@ -200,6 +200,25 @@ def test_a_run_resumed_from_its_log_is_the_same_run(build, tmp_path):
     assert a.digest == b.digest
 
 
+@pytest.mark.parametrize('name', ['spsa', 'fedkseed', 'fed_avg'])
+def test_a_donated_state_is_written_over(name):
+  """The same weights, from a server without a second copy of them."""
+  method = table.CASES[name].build()
+  digests = []
+  for donate in (False, True):
+    programs = simulate.compile_method(method, donate=donate)
+    state = jax.tree.map(jnp.copy, method.init(table.params()))
+    first = jax.tree.leaves(state.params)[0]
+    for done in simulate.simulate(
+      method, state, table.batch_fn(method.num_batches),
+      simulate.Population(num_clients=2), num_rounds=3, programs=programs,
+    ):  # fmt: skip
+      last = done.state
+    digests.append(digest.digest(last))
+    assert first.is_deleted() == donate
+  assert digests[0] == digests[1]
+
+
 _THOUSAND = """
 import resource
 import jax, jax.numpy as jnp, numpy as np

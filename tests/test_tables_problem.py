@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, problem, replay, runner
+from experiments import defaults, problem, replay, runner
 from experiments.config import UsageError, from_mapping
 from jaxfl import digest, privacy
 from tests.data import test_tables
@@ -47,7 +47,7 @@ def config_of(path, **settings):
     'num_clients': 3, 'num_rounds': 20, 'batch_size': 16, 'eval_every': 20,
     'learning_rate': 0.2, 'hidden_units': 4,
   }  # fmt: skip
-  return build.resolve(from_mapping(fixed | settings))
+  return defaults.resolve(from_mapping(fixed | settings))
 
 
 def by_city(path, **settings):

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from experiments import build, problem
+from experiments import defaults, problem
 from experiments.config import UsageError, from_mapping
 from jaxfl.models import native, transformer
 from jaxfl.models.config import Config
@@ -46,7 +46,7 @@ def write(path, rows):
 
 
 def make(**settings):
-  return build.resolve(from_mapping(SMALL | settings))
+  return defaults.resolve(from_mapping(SMALL | settings))
 
 
 def test_plain_text(model, tmp_path):

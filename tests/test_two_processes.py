@@ -14,7 +14,7 @@ import time
 import numpy as np
 import pytest
 
-from experiments import build, problem, runner, session
+from experiments import build, defaults, problem, runner, session
 from experiments.config import from_mapping
 from experiments.workdir import Workdir
 from jaxfl import digest, keys, metrics, wire
@@ -180,7 +180,7 @@ def flags_of(settings):
 
 
 def resolved(settings):
-  return build.resolve(from_mapping(settings))
+  return defaults.resolve(from_mapping(settings))
 
 
 def what_is_left(directory):

@@ -35,6 +35,7 @@ from experiments.benchmarks import (
 from jaxfl import keys, lazy
 from jaxfl import method as method_lib
 from jaxfl.methods import fed_avg, spsa
+from jaxfl.runtime import simulate
 
 CLIENTS = 8
 PEAK = 1.02  # of a step over inference, the master weights in both
@@ -88,7 +89,8 @@ class Step:
     message = self.method.message(state.params)
     messages = np.zeros((clients, *message.shape), message.dtype)
     args = state, messages, self.cohort(clients)
-    return jax.jit(self.method.server).lower(*args).compile()
+    jitted = simulate.jit_server(self.method.server, donate=True)
+    return jitted.lower(*args).compile()
 
 
 def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
@@ -104,15 +106,16 @@ def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
   state = step.method.init(models.params(name))
   inference = lazy.cast(state.params, step.model.dtype)
   server = step.server(state, 1)
-  found = _once(name, step, state)
+  held = [_copy(state)]  # the servers take it and leave the next
+  found = _once(name, step, state, held)
   for count, step in steps.items():
     forward, client = step.forward(), step.client(state)
     on = f'{name}, {count} tokens'
     size = floors.memory(forward, 1) or 0
 
     def whole(step=step, client=client):
-      message = client(state, (), step.batches, step.party)[0]
-      return wait(server(state, message[None], step.cohort(1)))
+      message = client(held[0], (), step.batches, step.party)[0]
+      held[0] = wait(server(held[0], message[None], step.cohort(1)))
 
     def two_forwards(seconds, on=on):
       return 2 * statistics.median(seconds[on, 'forward']), 'two forwards'
@@ -123,7 +126,7 @@ def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
       work=step.batch['tokens'].size,
       unit='tokens/s',
     )
-    held = [floors.memory(program, size) for program in (client, server)]
+    each = [floors.memory(program, size) for program in (client, server)]
     found += [
       make(
         name='forward',
@@ -136,13 +139,13 @@ def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
           c(state, (), step.batches, step.party)
         ),
         floor=two_forwards,
-        memory=held[0],
+        memory=each[0],
       ),
       make(
         name='spsa step',
         run=whole,
         floor=two_forwards,
-        memory=max((m for m in held if m), default=None),
+        memory=max((m for m in each if m), default=None),
         rivals=('MeZO step, torch',),
       ),
       *torch_models.operations(name, step.batch, on),
@@ -150,7 +153,11 @@ def operations(name: str, tokens: list[int]) -> list[timing.Operation]:
   return found
 
 
-def _once(name, step, state):
+def _copy(tree):
+  return jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
+
+
+def _once(name, step, state, held):
   """What is measured at one number of tokens, or has none."""
   wait = jax.block_until_ready
   sgd = fed_avg.fed_avg(step.model.loss_fn, client_optimizer=optax.sgd(1e-3))
@@ -161,12 +168,16 @@ def _once(name, step, state):
   server = step.server(state, CLIENTS)
   message = step.method.message(state.params)
   messages = np.ones((CLIENTS, *message.shape), message.dtype)
+
+  def serve():
+    held[0] = wait(server(held[0], messages, step.cohort(CLIENTS)))
+
   return [
     *kernels.operations(name, shapes, ('w + c', 'perturb rademacher')),
     timing.Operation(
       name=f'spsa server, {CLIENTS} clients',
       on=name,
-      run=lambda: wait(server(state, messages, step.cohort(CLIENTS))),
+      run=serve,
       work=entries * CLIENTS / 1e9,
       unit='G/s',
       floor=floors.floor(floors.Cost(entries, 2, CLIENTS), name),
@@ -186,12 +197,11 @@ def _prepared(name: str, tokens: int, whole: bool) -> memory.Prepared:
   """A forward pass or a step in a process of its own."""
   step = Step(name, tokens)
   state = jax.tree.map(np.array, step.method.init(models.params(name)))
-  fresh = lambda tree: jax.tree.map(lambda x: jnp.array(x, copy=True), tree)
-  fresh(state)  # compiles
+  _copy(state)  # compiles
   wait = jax.block_until_ready
   if not whole:
     forward = step.forward()
-    make = lambda: fresh(state.params)
+    make = lambda: _copy(state.params)
     return make, lambda params: wait(forward(params, step.batch))
   client, server = step.client(state), step.server(state, 1)
 
@@ -199,7 +209,7 @@ def _prepared(name: str, tokens: int, whole: bool) -> memory.Prepared:
     message = client(state, (), step.batches, step.party)[0]
     return wait(server(state, message[None], step.cohort(1)))
 
-  return lambda: fresh(state), run
+  return lambda: _copy(state), run
 
 
 def _peak(name: str, tokens: int) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from experiments import build, problem
+from experiments import defaults, problem
 from experiments.config import Config
 from jaxfl import blocks, keys
 from jaxfl import method as method_lib
@@ -43,7 +43,7 @@ class Clients:
   """Clients of FedAvg on the embedded model and Python source."""
 
   def __init__(self):
-    self._config = build.resolve(Config(dataset='python_text'))
+    self._config = defaults.resolve(Config(dataset='python_text'))
     self._problem = problem.build(self._config)
     method = fed_avg.fed_avg(
       functools.partial(self._problem.loss_fn, self._problem.frozen),

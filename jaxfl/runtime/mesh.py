@@ -147,6 +147,7 @@ def compile_method(
   *,
   build: Callable[[Any], method_lib.Method] | None = None,
   frozen: Any = None,
+  donate: bool = False,
 ) -> simulate.Programs:
   """Compiles a method for a mesh.
 
@@ -155,6 +156,7 @@ def compile_method(
     mesh: from `make`.
     build: see `simulate.compile_method`.
     frozen: pytree of arrays; split over `model` like the parameters.
+    donate: see `simulate.compile_method`.
 
   Returns:
     Programs with which `simulate.simulate` runs on the mesh. Of several
@@ -212,7 +214,7 @@ def compile_method(
       lambda state, *rest: (*held, put_state(state), *put(rest, split)),
     ),
     server=Program(
-      jax.jit(server),
+      simulate.jit_server(server, donate),
       lambda state, *rest: (put_state(state), *put(rest, whole)),
     ),
   )

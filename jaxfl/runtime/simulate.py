@@ -128,6 +128,7 @@ def compile_method(
   *,
   build: Callable[[Any], method_lib.Method] | None = None,
   frozen: Any = None,
+  donate: bool = False,
 ) -> Programs:
   """Compiles client and server apart, as `jaxfl.method` asks.
 
@@ -146,6 +147,9 @@ def compile_method(
       what it computes with `jax.numpy` has no value there, so that schedules
       must be plain functions (`jaxfl.schedules`).
     frozen: pytree of arrays. They are put on the device once.
+    donate: whether a round writes the new state over the old one, in place of a
+      second copy of the weights: who holds a state of an earlier round then
+      holds deleted arrays. Two leaves of a state must not be one array.
 
   Raises:
     ValueError: if only one of `build` and `frozen` is given.
@@ -157,7 +161,12 @@ def compile_method(
   else:
     run = lambda frozen, *args: over_clients(build(frozen).client)(*args)
     client = functools.partial(jax.jit(run), jax.device_put(frozen))
-  return Programs(client=client, server=jax.jit(method.server))
+  return Programs(client=client, server=jit_server(method.server, donate))
+
+
+def jit_server(server: Callable[..., Any], donate: bool) -> Any:
+  """The server's program; see `compile_method`."""
+  return jax.jit(server, donate_argnums=0 if donate else ())
 
 
 def check_frozen(build: Any, frozen: Any) -> None:
