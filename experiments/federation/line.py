@@ -264,23 +264,28 @@ class BackgroundLine(Line):
 
   def __enter__(self) -> Self:
     self._loop = asyncio.new_event_loop()
-    try:
-      self._loop.run_until_complete(self.__aenter__())
-    except BaseException:
-      self._loop.close()
-      raise
     self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
     self._thread.start()
+    try:
+      self._run(self.__aenter__())
+    except BaseException:
+      self._end()
+      raise
     return self
 
   def __exit__(self, *exc_info) -> None:
-    leave = self.__aexit__(*exc_info)
     try:
-      asyncio.run_coroutine_threadsafe(leave, self._loop).result()
+      self._run(self.__aexit__(*exc_info))
     finally:
-      self._loop.call_soon_threadsafe(self._loop.stop)
-      self._thread.join()
-      self._loop.close()
+      self._end()
+
+  def _run(self, coroutine) -> None:
+    asyncio.run_coroutine_threadsafe(coroutine, self._loop).result()
+
+  def _end(self) -> None:
+    self._loop.call_soon_threadsafe(self._loop.stop)
+    self._thread.join()
+    self._loop.close()
 
 
 def _socket() -> socket.socket:

@@ -168,6 +168,22 @@ def test_a_fast_sender_has_to_wait():
   run(scenario, rate=64e3)
 
 
+def test_what_is_on_its_way_is_bounded():
+  async def scenario(line):
+    async with connected(line) as (reader, writer):
+      await echo(reader, writer, b'x')
+      line.round_trip = 100.0
+      writer.write(bytes(3_000_000))
+      before = -1
+      while before < line.up:
+        before = line.up
+        await asyncio.sleep(0.2)
+      assert 500_000 < line.up < 1_100_000
+      line.cut()
+
+  run(scenario)
+
+
 def test_delay():
   async def scenario(line):
     async with connected(line) as (reader, writer):
@@ -279,6 +295,15 @@ def test_stall():
       line.stall(0.3)
       assert 0.29 < await echo(reader, writer, b'x') < 0.6
       assert await echo(reader, writer, b'x') < 0.29
+      # what is on its way is held too
+      line.round_trip = 0.1
+      writer.write(b'x')
+      while line.up < 3:
+        await asyncio.sleep(0.001)
+      line.stall(0.3)
+      await asyncio.sleep(0.2)
+      assert (line.up, line.down) == (3, 2)
+      assert await reader.read(1) == b'x'
 
   run(scenario)
 
