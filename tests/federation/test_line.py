@@ -298,11 +298,11 @@ def test_stall():
       # what is on its way is held too
       line.round_trip = 0.1
       writer.write(b'x')
-      while line.up < 3:
+      while line.up < 4:
         await asyncio.sleep(0.001)
       line.stall(0.3)
       await asyncio.sleep(0.2)
-      assert (line.up, line.down) == (3, 2)
+      assert (line.up, line.down) == (4, 3)
       assert await reader.read(1) == b'x'
 
   run(scenario)
