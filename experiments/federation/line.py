@@ -4,8 +4,8 @@
       --rate=64k --round_trip=0.3 --loss=0.05
 
 stands between clients that connect to 127.0.0.1:4223 and the server at HOST,
-and prints once a second what has passed. Stop it with Ctrl-C. Who may use
-`tc netem` and network namespaces gets a better model of the same: there, whole
+and prints once a second what has passed. Stop it with Ctrl-C. Where `tc netem`
+and network namespaces are permitted, they are a better model of the same: whole
 packets are delayed and lost below TCP, and headers and ACKs count too.
 
 What is counted is what is read from the sockets: with TLS its records, without
@@ -16,7 +16,7 @@ packet of 1500 bytes carries. For each, in this order,
 
   * rate: a direction sends one segment after the other, of all connections. A
     connection's next one is not read before, so that a sender that is too fast
-    finds the socket full (the system buffers some 10 kB besides).
+    finds the socket full; some 16 kB wait here, the rest at the sender.
   * loss: TCP underneath loses nothing, hence a lost segment is what TCP makes
     of it: the stream stops for a retransmission timeout of max(200 ms, round
     trip), the segment is sent again, at the expense of the rate too, and may be
@@ -38,13 +38,6 @@ import threading
 from typing import Self
 
 from absl import app, flags
-
-_LISTEN = flags.DEFINE_integer('listen', 0, 'Port; 0 for any free one.')
-_TARGET = flags.DEFINE_string('target', None, 'HOST:PORT of the server.')
-_RATE = flags.DEFINE_string('rate', None, 'Bits/s each way: 9600, 64k, 1.5M.')
-_ROUND_TRIP = flags.DEFINE_float('round_trip', 0.0, 'Seconds.')
-_LOSS = flags.DEFINE_float('loss', 0.0, 'Probability per segment.')
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the losses.')
 
 SEGMENT = 1448  # bytes
 RTO_MIN = 0.2  # seconds; Linux's, RFC 6298 asks for 1
@@ -289,15 +282,16 @@ class BackgroundLine(Line):
 
 
 def _socket() -> socket.socket:
-  """A socket with small buffers and, so that they do, small segments.
+  """A socket with small buffers, and segments that are small beside them.
 
-  On loopback a segment is 64 KiB otherwise, and waits for room for it.
+  Linux's on loopback are up to 64 KiB otherwise.
   """
   result = socket.socket()
   result.setblocking(False)
   result.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
   result.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-  result.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
+  if sys.platform == 'linux':
+    result.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, SEGMENT)
   result.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
   return result
 
@@ -346,16 +340,17 @@ async def watch(line: Line) -> None:
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
-  if _TARGET.value is None:
+  options = flags.FLAGS
+  if options.target is None:
     raise app.UsageError('--target is needed: HOST:PORT of the server')
   try:
     line = Line(
-      target=parse_target(_TARGET.value),
-      rate=None if _RATE.value is None else parse_rate(_RATE.value),
-      round_trip=_ROUND_TRIP.value,
-      loss=_LOSS.value,
-      seed=_SEED.value,
-      listen=_LISTEN.value,
+      target=parse_target(options.target),
+      rate=None if options.rate is None else parse_rate(options.rate),
+      round_trip=options.round_trip,
+      loss=options.loss,
+      seed=options.seed,
+      listen=options.listen,
     )
   except ValueError as error:
     raise app.UsageError(str(error)) from error
@@ -368,4 +363,11 @@ def main(argv):
 
 
 if __name__ == '__main__':
+  # not above: launchers that import this have flags of their own
+  flags.DEFINE_integer('listen', 0, 'Port; 0 for any free one.')
+  flags.DEFINE_string('target', None, 'HOST:PORT of the server.')
+  flags.DEFINE_string('rate', None, 'Bits/s each way: 9600, 64k, 1.5M.')
+  flags.DEFINE_float('round_trip', 0.0, 'Seconds.')
+  flags.DEFINE_float('loss', 0.0, 'Probability per segment.')
+  flags.DEFINE_integer('seed', 0, 'Of the losses.')
   app.run(main)
