@@ -1,0 +1,1 @@
+"""Real clients over a network, on NATS JetStream: see docs/federation.md."""
