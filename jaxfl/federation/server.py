@@ -9,9 +9,8 @@ import subprocess
 import time
 
 INSTALL = (
-  'nats-server is missing. On Debian or Ubuntu: apt-get install nats-server;'
-  ' elsewhere put the binary of https://github.com/nats-io/nats-server/releases'
-  ' on the PATH'
+  'on Debian or Ubuntu apt-get install nats-server; elsewhere put the binary of'
+  ' https://github.com/nats-io/nats-server/releases on the PATH'
 )
 _START_S = 20.0
 _OPEN = 'jetstream { store_dir: "store" }\n'
@@ -37,7 +36,7 @@ class LocalServer:
       FileNotFoundError: if nats-server is not installed.
     """
     if shutil.which('nats-server') is None:
-      raise FileNotFoundError(INSTALL)
+      raise FileNotFoundError(f'nats-server is missing: {INSTALL}')
     self._config = _config(pathlib.Path(path))
     self.port = port or _free_port()
     self.url = f'nats://127.0.0.1:{self.port}'
