@@ -114,7 +114,7 @@ class Book:
 
   # What arrives.
 
-  def hello(self, client: int, data: bytes) -> str | None:
+  def hello(self, client: int, data: bytes, now: float) -> str | None:
     """A handshake; returns why it was refused."""
     if not 0 <= client < self.rules.num_clients:
       return self._refuse(client, 'unknown client')
@@ -127,6 +127,8 @@ class Book:
       self._refuse(client, 'no handshake')
       return reason
     self.members[client] = Member(self.round)
+    if self.round == 0 and not self.arrived:
+      self._opened = now
     return None
 
   def message(self, client: int, data: bytes, position: int) -> str | None:

@@ -19,12 +19,11 @@ import jax
 import numpy as np
 from absl import logging
 from nats.aio.client import Client
-from nats.js.errors import APIError, NotFoundError
 
 from jaxfl import log, wire
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.federation import coordinator, handshake, records, stream
+from jaxfl.federation import coordinator, direct, handshake, records, stream
 from jaxfl.federation.names import Names
 from jaxfl.federation.replica import (
   Replica,
@@ -32,6 +31,7 @@ from jaxfl.federation.replica import (
   parse_snapshot,
   snapshot_name,
 )
+from jaxfl.federation.snapshots import Snapshots
 
 _REMEMBERED = 8  # digests that may still be compared
 
@@ -90,21 +90,21 @@ class Progress:
 
 async def find(nc: Client, names: Names) -> bytes:
   """The header of a run's log, waiting until there is one."""
-  pause, told = stream.Pause(), False
+  pause, number, told = stream.Pause(), 1, False
   while True:
-    try:
-      async with stream.Reader(nc, names.log_stream) as reader:
-        while True:
-          message = await reader.next()
-          assert message is not None
-          with contextlib.suppress(ValueError):
-            records.read_header(message.data)
-            return message.data
-    except NotFoundError:
+    message = None
+    with contextlib.suppress(*direct.TRANSIENT):
+      message = await direct.get(nc, names.log_stream, number, names.log)
+    if message is None:
       if not told:
         logging.warning('waiting for the run %s to be started', names.run)
       told = True
       await pause()
+      continue
+    with contextlib.suppress(ValueError):
+      records.read_header(message.data)
+      return message.data
+    number = message.sequence + 1
 
 
 async def follow(
@@ -137,6 +137,7 @@ class _Follower:
 
   def __init__(self, nc, site, replica, watch):
     self._nc, self._js = nc, nc.jetstream()
+    self._store = Snapshots(nc, site.names)
     self._site, self._replica, self._watch = site, replica, watch
     self._progress = Progress()
     self._local = site.method.init_local(replica.state.params)
@@ -152,12 +153,14 @@ class _Follower:
     site, replica = self._site, self._replica
     names = site.names
     start = replica.log.num_rounds + 2  # header and rounds take one each
-    async with stream.Reader(self._nc, names.log_stream, start) as reader:
+    async with direct.Reader(self._nc, names, start) as reader:
       await self._catch_up(reader)
       hello = names.sent('hello', site.client or 0)
       if site.client is not None:
         shared = {k: replica.log.header.config.get(k) for k in site.shared}
         passport = handshake.passport(site.header, shared)
+        # compiles, before anybody waits
+        await self._thread(self._compute, replica.round, replica.state)
         await stream.publish(self._js, hello, handshake.encode(passport))
       try:
         while replica.round < site.num_rounds:
@@ -177,11 +180,8 @@ class _Follower:
   async def _catch_up(self, reader):
     """Reads what there is, and makes the state of it as cheaply as possible."""
     replica = self._replica
-    info = await self._js.stream_info(self._site.names.log_stream)
-    while reader.start <= info.state.last_seq:
-      message = await reader.next(timeout=stream.TIMEOUT_S)
-      if message is not None:
-        self._take(message)
+    while (message := await reader.next(timeout=0)) is not None:
+      self._take(message)
     await self._thread(replica.restore)
     await self._adopt()
     while replica.round < replica.log.num_rounds:
@@ -190,19 +190,23 @@ class _Follower:
   async def _adopt(self):
     """Takes the newest snapshot that others have confirmed."""
     replica = self._replica
-    with contextlib.suppress(*stream.TRANSIENT, APIError):
-      store = await self._js.object_store(self._site.names.snapshots)
-      found = []
-      for entry in await store.list():
-        parsed = parse_snapshot(entry.name)
-        if parsed is not None and self._attested.get(parsed[0]) == parsed[1]:
-          found.append((*parsed, entry.name))
+    with contextlib.suppress(*direct.TRANSIENT):
+      found = [
+        (*parsed, name)
+        for name in await self._store.list()
+        if (parsed := parse_snapshot(name)) is not None
+        and self._attested.get(parsed[0]) == parsed[1]
+      ]
       for round, digest, name in sorted(found, reverse=True):
-        if round <= max(replica.round, 0) or round > replica.log.num_rounds:
-          break
-        data = (await store.get(name)).data
+        if not replica.round < round <= replica.log.num_rounds:
+          continue
+        try:
+          data = await self._store.get(name, replica.max_bytes)
+        except ValueError as error:
+          logging.warning('%s', error)
+          continue
         if await self._thread(replica.adopt, round, data, digest):
-          break
+          return
 
   def _take(self, message):
     """A message of the log's stream; whether it is the next record."""
@@ -289,14 +293,12 @@ class _Follower:
     if self._site.client is not None or self._replica.round != round:
       return
     name = snapshot_name(round, digest)
-    with contextlib.suppress(*stream.TRANSIENT, APIError):
-      store = await self._js.object_store(self._site.names.snapshots)
-      data = await self._thread(self._replica.pack)
-      await store.put(name, data)
-      for entry in await store.list():
-        old = parse_snapshot(entry.name)
+    with contextlib.suppress(*direct.TRANSIENT):
+      await self._store.put(name, await self._thread(self._replica.pack))
+      for other in await self._store.list():
+        old = parse_snapshot(other)
         if old is not None and old[0] < round:
-          await store.delete(entry.name)
+          await self._store.delete(other)
 
   # Contributing.
 
@@ -310,7 +312,9 @@ class _Follower:
   async def _contribute(self):
     site, replica = self._site, self._replica
     round = max(self._next, replica.round)
-    message, loss = await self._thread(self._compute, round, replica.state)
+    message, self._local, loss = await self._thread(
+      self._compute, round, replica.state
+    )
     self._next = round + 1
     if np.isfinite(loss):
       self._losses.append(loss)
@@ -327,11 +331,11 @@ class _Follower:
     site = self._site
     party = as_party(site.client, round)
     batches = site.batch_fn(round)
-    message, self._local, metrics = site.run_client(
+    message, local, metrics = site.run_client(
       state, self._local, batches, party
     )
     message, loss = jax.device_get((message, metrics['loss']))
-    return message, float(loss)
+    return message, local, float(loss)
 
   def _send(self, kind, data):
     subject = self._site.names.sent(kind, self._site.client)

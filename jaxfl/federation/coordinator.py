@@ -265,7 +265,7 @@ class _Office:
       return
     kind, client = found
     if kind == 'hello':
-      reason = self._book.hello(client, message.data)
+      reason = self._book.hello(client, message.data, time.monotonic())
     elif kind == 'digest':
       reason = self._report(client, message.data)
     else:

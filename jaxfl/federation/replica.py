@@ -75,6 +75,8 @@ class Replica:
     self._snapshots = directory / SNAPSHOTS
     self._snapshots.mkdir(exist_ok=True)
     self.restart()
+    self._apply(self._nobody())  # compiles, before anybody waits
+    self.restart()
 
   def close(self) -> None:
     """Seals the log."""
@@ -159,6 +161,11 @@ class Replica:
     self.state, self.round = jax.tree.map(jnp.asarray, state), round
     return True
 
+  @property
+  def max_bytes(self) -> int:
+    """The longest frame that `pack` may give."""
+    return 2 * wire.payload_bytes(wire.describe(self.state)) + (1 << 20)
+
   def pack(self) -> bytes:
     """The state as a frame, for `adopt`."""
     return wire.to_bytes(jax.device_get(self.state))
@@ -167,6 +174,18 @@ class Replica:
     """Of the state, 64 hex digits."""
     return digest.digest(self.state)
 
+  def _nobody(self):
+    """A round without clients."""
+    none = lambda x: np.zeros((0, *x.shape), x.dtype)
+    ids, weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
+    return log.Record(0, ids, weights, jax.tree.map(none, self._like))
+
+  def _apply(self, record):
+    padded = simulate.pad(
+      record.messages, record.ids, record.weights, record.round, self._slots
+    )
+    self.state = self._server(self.state, *padded)
+
   def step(self) -> None:
     """Applies the next round of the log.
 
@@ -174,10 +193,7 @@ class Replica:
       FloatingPointError: if a weight has left its range.
     """
     record = self.log.read(self.round, self._like)
-    padded = simulate.pad(
-      record.messages, record.ids, record.weights, self.round, self._slots
-    )
-    self.state = self._server(self.state, *padded)
+    self._apply(record)
     if error := self._method.check(self.state):
       raise FloatingPointError(f'round {self.round}: {error}')
     self.round += 1

@@ -1,12 +1,12 @@
-"""Streams of a run: made, written, and read in order whatever breaks.
+"""The streams of a run, as its coordinator makes, reads and writes them.
 
 A `Reader` is an ordered consumer: an ephemeral one that the server pushes to,
-made anew from the next sequence after a gap, a lost server, or silence.
+made anew from the next sequence after a gap, a lost server, or silence. Clients
+may make no consumer; they have `jaxfl.federation.direct`.
 """
 
 import asyncio
 import contextlib
-from typing import NamedTuple
 
 import nats.errors
 from absl import logging
@@ -14,31 +14,19 @@ from nats.aio.client import Client
 from nats.js import JetStreamContext, api
 from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
+from jaxfl.federation import direct
+from jaxfl.federation.direct import (
+  MAX_RETRY_S,
+  RETRY_S,
+  TIMEOUT_S,
+  TRANSIENT,
+  Message,
+)
 from jaxfl.federation.names import Names
 
 HEARTBEAT_S = 5.0  # of a consumer that has nothing to deliver
-RETRY_S = 0.5  # first pause after a failure; doubled up to the next
-MAX_RETRY_S = 8.0
-TIMEOUT_S = 10.0  # for an answer of the server
 _EXPECTED = 'Nats-Expected-Last-Subject-Sequence'
 _WRONG_LAST = 10071  # error code of the server
-
-# what passes with line or server, or once they are back
-TRANSIENT = (
-  nats.errors.Error,
-  ServiceUnavailableError,
-  asyncio.TimeoutError,
-  OSError,
-)
-
-
-class Message(NamedTuple):
-  """A message of a stream."""
-
-  subject: str
-  data: bytes
-  headers: dict[str, str]
-  sequence: int
 
 
 class NotLast(Exception):
@@ -66,12 +54,29 @@ async def make(js: JetStreamContext, names: Names, max_bytes: int) -> None:
   """
   sent = [names.sent(kind, '*') for kind in ('hello', 'up', 'digest')]
   await _make(js, names.up_stream, sent, max_msg_size=max_bytes)
-  await _make(js, names.log_stream, [names.log, names.note], max_msg_size=-1)
+  await _make(
+    js,
+    names.log_stream,
+    [names.log, names.note],
+    **direct.stream_config(names),
+  )
+  bucket = f'OBJ_{names.snapshots}'
+  if not await _exists(js, bucket):
+    await js.create_object_store(names.snapshots)
+    found = (await js.stream_info(bucket)).config
+    await js.update_stream(found.evolve(allow_direct=True))
 
 
-async def _make(js, name, subjects, *, max_msg_size):
-  with contextlib.suppress(NotFoundError):
+async def _exists(js, name):
+  try:
     await js.stream_info(name)
+  except NotFoundError:
+    return False
+  return True
+
+
+async def _make(js, name, subjects, **fields):
+  if await _exists(js, name):
     return
   config = api.StreamConfig(
     name=name,
@@ -79,7 +84,7 @@ async def _make(js, name, subjects, *, max_msg_size):
     storage=api.StorageType.FILE,
     retention=api.RetentionPolicy.LIMITS,
     discard=api.DiscardPolicy.NEW,  # when the disk is full, nothing is lost
-    max_msg_size=max_msg_size,
+    **fields,
   )
   await js.add_stream(config)
 
