@@ -134,6 +134,8 @@ def provision(
   names = Names(run)
   if not 1 <= num_clients <= 10_000:
     raise ValueError(f'num_clients must be in [1, 10000], got {num_clients}')
+  for host in hosts:
+    certificates.check_host(host)
   directory = pathlib.Path(directory)
   state = _read(directory, run)
   keys: dict[str, str | None] = state['keys']
