@@ -88,7 +88,7 @@ class LocalServer:
     self._end(signal.SIGTERM)
 
   def reload(self) -> None:
-    """Makes it read its configuration again."""
+    """Makes it read its configuration again; enough to cut off users."""
     assert self._process is not None, 'it does not run'
     self._process.send_signal(signal.SIGHUP)
 

@@ -31,7 +31,11 @@ def config(directory):
 def test_what_is_secret_is_for_the_owner_alone(tmp_path):
   made = provision.provision(tmp_path, 'run', 2, ['fed.example.org'])
   assert made.users == ['coordinator', 'keeper', 'client-0', 'client-1']
-  secret = [*made.written, tmp_path / 'ca-key.pem', made.server / 'server-key.pem']
+  secret = [
+    *made.written,
+    tmp_path / 'ca-key.pem',
+    made.server / 'server-key.pem',
+  ]
   assert made.written == [made.credentials(user) for user in made.users]
   for path in secret:
     assert stat.S_IMODE(path.stat().st_mode) == 0o600, path
@@ -49,7 +53,8 @@ def test_what_is_secret_is_for_the_owner_alone(tmp_path):
   assert b'PRIVATE' not in public
   # a key that is given out is the key that the server knows
   for user, key in keys(tmp_path).items():
-    assert key.startswith('U') and key in config(tmp_path), user
+    assert key[0] == 'U', user
+    assert key in config(tmp_path), user
 
 
 def test_more_clients_leave_the_others_alone(tmp_path):

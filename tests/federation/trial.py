@@ -15,6 +15,7 @@ needs_server = pytest.mark.skipif(
   reason=f'nats-server is missing: {server.INSTALL}',
 )
 NAMES = Names('trial')
+MAX_PER_SUBJECT = 50
 
 
 class Trial:
@@ -54,7 +55,10 @@ class Trial:
       sent = [NAMES.sent(kind, '*') for kind in ('hello', 'up', 'digest')]
       await js.add_stream(
         api.StreamConfig(
-          name=NAMES.up_stream, subjects=[*sent, f'{NAMES.run}.trust']
+          name=NAMES.up_stream,
+          subjects=[*sent, f'{NAMES.run}.trust'],
+          max_msgs_per_subject=MAX_PER_SUBJECT,
+          discard=api.DiscardPolicy.OLD,
         )
       )
       await js.add_stream(
