@@ -27,6 +27,7 @@ def refused(credentials, url):
 
 def test_a_missing_server_says_how_to_get_it(tmp_path, monkeypatch):
   monkeypatch.setenv('PATH', str(tmp_path))
+  monkeypatch.setattr(server, '_SBIN', '')
   with pytest.raises(FileNotFoundError, match='apt-get install nats-server'):
     server.LocalServer(tmp_path)
 
@@ -208,3 +209,11 @@ def test_a_revoked_client_is_cut_off_and_a_new_one_let_in(tmp_path):
 
   with Trial(tmp_path) as trial:
     asyncio.run(run(trial))
+
+
+def test_a_server_outside_of_the_path_is_found(tmp_path, monkeypatch):
+  program = tmp_path / 'nats-server'
+  program.touch(mode=0o755)
+  monkeypatch.setenv('PATH', '/nowhere')
+  monkeypatch.setattr(server, '_SBIN', str(tmp_path))
+  assert server.find() == str(program)

@@ -2,7 +2,6 @@
 
 import asyncio
 import contextlib
-import shutil
 
 import pytest
 from nats.js import api
@@ -11,7 +10,7 @@ from jaxfl.federation import connect, direct, provision, server
 from jaxfl.federation.names import Names
 
 needs_server = pytest.mark.skipif(
-  shutil.which('nats-server') is None,
+  server.find() is None,
   reason=f'nats-server is missing: {server.INSTALL}',
 )
 NAMES = Names('trial')
