@@ -56,8 +56,8 @@ def report(made: provision_lib.Provisioned) -> str:
   lines += [
     f'Copy {made.server} to the machine of the server and start it there:',
     f'  cd {made.server.name} && nats-server -c server.conf',
-    '  or, if it runs, let it read the new files:'
-    ' nats-server --signal reload=PID',
+    '  If it runs already, start it anew: nothing is lost and all come back.'
+    ' To cut off who was revoked, nats-server --signal reload=PID is enough.',
     f'  (to install it: {server.INSTALL})',
     f'Sites connect with --server=nats://{host}:{made.settings.port}'
     ' --credentials=FILE; the certificate is good for'

@@ -6,6 +6,7 @@ credential, knows the run's server by it, and no other.
 
 import datetime
 import ipaddress
+import re
 from collections.abc import Sequence
 
 from cryptography import x509
@@ -15,6 +16,17 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 _EARLY = datetime.timedelta(days=1)  # for clocks that are slow
 _DAYS = 3650
+_LABEL = '[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?'
+_NAME = re.compile(rf'{_LABEL}([.]{_LABEL})*')
+
+
+def check_host(host: str) -> None:
+  """Raises ValueError if it is no name and no address of a host."""
+  if not isinstance(_host(host), x509.IPAddress) and not _NAME.fullmatch(host):
+    raise ValueError(
+      'hosts must be names or addresses, such as fed.example.org or 192.0.2.7;'
+      f' got {host!r}'
+    )
 
 
 def authority(run: str) -> tuple[bytes, bytes]:
@@ -91,9 +103,10 @@ def _builder(subject, issuer, key):
 
 def _host(host):
   try:
-    return x509.IPAddress(ipaddress.ip_address(host))
+    address = ipaddress.ip_address(host)
   except ValueError:
     return x509.DNSName(host)
+  return x509.IPAddress(address)
 
 
 def _pem(key):

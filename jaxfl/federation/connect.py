@@ -1,7 +1,7 @@
 """Connects to a run's server: TLS by the run's authority, an NKey, patience.
 
-Once there was a connection it is made again for ever, in growing intervals; the
-first one fails at once, and says why.
+Once there was a connection it is made again for ever, in growing intervals, for
+a key that was revoked too; the first one fails at once, and says why.
 """
 
 import asyncio
@@ -58,7 +58,6 @@ async def connect(
   *,
   disconnected: Callable[[], Awaitable[None]] | None = None,
   reconnected: Callable[[], Awaitable[None]] | None = None,
-  closed: Callable[[], Awaitable[None]] | None = None,
 ) -> Client:
   """A connection to a server.
 
@@ -68,7 +67,6 @@ async def connect(
     server: `nats://HOST:PORT`.
     disconnected: called when the line is lost.
     reconnected: called when it is there again.
-    closed: called when it is lost for ever: the key was revoked.
 
   Raises:
     ValueError: if an argument is no such file or address.
@@ -96,7 +94,7 @@ async def connect(
   async def failed(error):
     if first:
       raise error  # the library would try again
-    logging.warning('%s: %s', server, error or repr(error))
+    logging.warning('%s', _explain(error, url, credentials) or repr(error))
 
   try:
     await nc.connect(
@@ -104,7 +102,6 @@ async def connect(
       error_cb=failed,
       disconnected_cb=disconnected,
       reconnected_cb=reconnected,
-      closed_cb=closed,
       connect_timeout=_CONNECT_S,  # pyright: ignore[reportArgumentType]
       max_reconnect_attempts=-1,
       reconnect_to_server_handler=_again,

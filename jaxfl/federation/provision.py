@@ -113,8 +113,10 @@ def provision(
 ) -> Provisioned:
   """Writes, or adds to, what the server and everybody who connects to it need.
 
-  A running server takes a new configuration with
-  `nats-server --signal reload=PID`, and cuts off who was revoked.
+  A running server cuts off who was revoked with `nats-server --signal
+  reload=PID`. For new clients it is to be started anew (2.9.10 lets them in
+  after a reload, but does not answer them); nothing is lost, the others connect
+  again.
 
   Args:
     directory: DIR above.
@@ -134,6 +136,8 @@ def provision(
   names = Names(run)
   if not 1 <= num_clients <= 10_000:
     raise ValueError(f'num_clients must be in [1, 10000], got {num_clients}')
+  for host in hosts:
+    certificates.check_host(host)
   directory = pathlib.Path(directory)
   state = _read(directory, run)
   keys: dict[str, str | None] = state['keys']

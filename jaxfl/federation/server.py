@@ -13,7 +13,14 @@ INSTALL = (
   ' https://github.com/nats-io/nats-server/releases on the PATH'
 )
 _START_S = 20.0
+_SBIN = '/usr/sbin:/usr/local/sbin'  # Debian has it there, users may not
 _OPEN = 'jetstream { store_dir: "store" }\n'
+
+
+def find() -> str | None:
+  """Path of nats-server; None if it is not installed."""
+  path = f'{os.environ.get("PATH", os.defpath)}:{_SBIN}'
+  return shutil.which('nats-server', path=path)
 
 
 class LocalServer:
@@ -35,8 +42,10 @@ class LocalServer:
     Raises:
       FileNotFoundError: if nats-server is not installed.
     """
-    if shutil.which('nats-server') is None:
+    program = find()
+    if program is None:
       raise FileNotFoundError(f'nats-server is missing: {INSTALL}')
+    self._program = program
     self._config = _config(pathlib.Path(path))
     self.port = port or _free_port()
     self.url = f'nats://127.0.0.1:{self.port}'
@@ -65,7 +74,7 @@ class LocalServer:
     address = ['-a', '127.0.0.1', '-p', str(self.port)]
     with open(self.log, 'ab') as log:
       self._process = subprocess.Popen(
-        ['nats-server', '-c', self._config.name, *address],
+        [self._program, '-c', self._config.name, *address],
         cwd=self._config.parent,
         stdin=subprocess.DEVNULL,
         stdout=log,
@@ -88,7 +97,7 @@ class LocalServer:
     self._end(signal.SIGTERM)
 
   def reload(self) -> None:
-    """Makes it read its configuration again."""
+    """Makes it read its configuration again; enough to cut off users."""
     assert self._process is not None, 'it does not run'
     self._process.send_signal(signal.SIGHUP)
 

@@ -3,12 +3,12 @@
 In NATS whoever sends a request chooses the subject of the answer, and the
 server does not ask whether he may write there. In one account with the streams,
 a client could thus have an answer stored as a record of the log, or sent to
-`$JS.API.STREAM.PURGE.RUN_up`, which empties it (both were tried; see
-tests/federation/test_reply.py). So every client has an account of its own, in
-which subjects are its own as well, and imports from the run's account just what
-it needs; answers stay in its account. A consumer is made with a subject that it
-delivers to in the run's account, with the same danger: nobody but the
-coordinator may make one. The others read by `jaxfl.federation.direct`.
+`$JS.API.STREAM.DELETE.RUN_log`, which deletes it (test_reply.py does both). So
+every client has an account of its own, with subjects of its own, and imports
+from the run's account just what it needs; answers stay in its account. Whoever
+makes a consumer chooses a subject of the run's account that it delivers to,
+with the same danger: nobody but the coordinator may make one. The others read
+by `jaxfl.federation.direct`.
 
 The file has public keys only.
 """
