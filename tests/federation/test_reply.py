@@ -104,6 +104,8 @@ def test_in_one_account_a_client_could_do_anything(tmp_path):
     f'$O.{NAMES.snapshots}.M.abc',
     f'$JS.API.STREAM.PURGE.{NAMES.up_stream}',
     f'$JS.API.STREAM.DELETE.{NAMES.log_stream}',
+    f'$JS.API.CONSUMER.CREATE.{NAMES.log_stream}',
+    '$JS.API.ACCOUNT.PURGE.run',  # for all in 2.9.10: CVE-2025-30215
     '_INBOX_1.x',
     '_INBOX_coordinator.x',
   ],
