@@ -40,8 +40,10 @@ class _Client(Client):
 
   def _connect_command(self) -> bytes:
     transport: Any = self._transport
-    line = transport._io_writer.get_extra_info('ssl_object')
-    if self.secure and line is None:
+    line = transport._io_writer.transport
+    if line.get_extra_info('ssl_object') is not None:
+      line.get_protocol()._over_ssl = True  # else every end is a warning
+    elif self.secure:
       raise nats.errors.SecureConnRequiredError
     return super()._connect_command()
 
