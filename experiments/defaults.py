@@ -23,6 +23,25 @@ _NEEDS = {
 }
 
 
+def _entry(config: Config) -> build.Entry:
+  """The method's entry, as the config's privacy asks."""
+  entry = build.METHODS[config.method]
+  if entry.if_private is not None:
+    reads = entry.settings | {'epsilon_dp'}
+    if config.epsilon_dp is not None:
+      reads = (reads | _PRIVATE_SCALARS) - _NOT_PRIVATE
+      entry = dataclasses.replace(
+        entry, defaults=entry.defaults | entry.if_private
+      )
+    entry = dataclasses.replace(entry, settings=reads)
+  return entry
+
+
+def settings_read(config: Config) -> frozenset[str]:
+  """Names of the settings that a config's method reads."""
+  return _entry(config).settings
+
+
 def resolve(config: Config) -> Config:
   """Fills in the method's defaults; refuses settings that it does not read.
 
@@ -33,15 +52,7 @@ def resolve(config: Config) -> Config:
     raise UsageError(
       f'method must be one of {", ".join(build.METHODS)}; got {config.method!r}'
     )
-  entry = build.METHODS[config.method]
-  if entry.if_private is not None:
-    reads = entry.settings | {'epsilon_dp'}
-    if config.epsilon_dp is not None:
-      reads = (reads | _PRIVATE_SCALARS) - _NOT_PRIVATE
-      entry = dataclasses.replace(
-        entry, defaults=entry.defaults | entry.if_private
-      )
-    entry = dataclasses.replace(entry, settings=reads)
+  entry = _entry(config)
   own = frozenset().union(*(e.settings for e in build.METHODS.values()))
   changed = {
     f.name

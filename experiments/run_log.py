@@ -15,8 +15,9 @@ from jaxfl.models import native
 from jaxfl.runtime import distributed
 
 DIGESTS = ('data_digest', 'frozen_digest')
-# in a log beside the settings; the last of private runs only
-_BESIDE = (*DIGESTS, 'num_examples')
+FEDERATION = ('pipeline', 'digest_every')
+# in a log beside the settings; of private runs, and of federated ones
+_BESIDE = (*DIGESTS, 'num_examples', *FEDERATION)
 
 
 def settings_of(header: log_lib.Header) -> dict[str, Any]:

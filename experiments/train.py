@@ -10,7 +10,6 @@ python -m experiments.train --multihost  # on every host of a cluster
 Where a run is computed is no setting of it: it may go on elsewhere.
 """
 
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -19,32 +18,14 @@ import sys
 
 from absl import app, flags, logging
 from jax.sharding import Mesh
-from ml_collections import config_flags
 
-from experiments import defaults, report, runner
+from experiments import report, runner, setting_flags
 from experiments import workdir as workdir_lib
-from experiments.config import Config, UsageError, from_mapping, types_of
+from experiments.config import Config, UsageError, from_mapping
 from jaxfl.runtime import distributed
 from jaxfl.runtime import mesh as mesh_lib
 
-
-@contextlib.contextmanager
-def _config_errors():
-  """config_flags raises bare exceptions, some as soon as it is defined."""
-  try:
-    yield
-  except (AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-    inner: BaseException = error
-    while inner.args and isinstance(inner.args[0], BaseException):
-      inner = inner.args[0]
-    words = str(inner.args[-1] if inner.args else inner).split()
-    sys.exit(f'error: --config: {" ".join(words)}')
-
-
-with _config_errors():
-  _CONFIG = config_flags.DEFINE_config_file(
-    'config', 'experiments/configs/default.py', 'File with get_config().'
-  )
+flags.adopt_module_key_flags(setting_flags)  # in --help
 _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
 )
@@ -75,44 +56,6 @@ _PROCESSES = {
     'process_id', None, 'Which of them this is, from 0.'
   ),
 }
-
-
-def _define(field: dataclasses.Field) -> flags.FlagHolder:
-  """The flag of a setting; None unless it is given."""
-  kinds = {str: flags.DEFINE_string, int: flags.DEFINE_integer}
-  kinds |= {float: flags.DEFINE_float, bool: flags.DEFINE_bool}
-  define = kinds[types_of(field)[0]]
-  default = '' if field.default is None else f' Default {field.default!r}.'
-  return define(field.name, None, field.metadata['help'] + default)
-
-
-_SETTINGS = {f.name: _define(f) for f in dataclasses.fields(Config)}
-
-
-def asked_for(there: Config | None) -> tuple[Config, set[str]]:
-  """The settings of the command line, and which of them were given there.
-
-  Args:
-    there: of the run to go on with, if there is one; in place of the defaults.
-
-  Raises:
-    UsageError: naming the setting that is wrong.
-  """
-  with _config_errors():
-    values = _CONFIG.value.to_dict()
-  given = set(config_flags.get_override_values(flags.FLAGS['config']))
-  if flags.FLAGS['config'].present:
-    given |= set(values)
-    there = None  # a config file has all the settings
-  if there is not None:
-    own = dataclasses.asdict(there)
-    values = own | {name: values[name] for name in given}
-  for name, flag in _SETTINGS.items():
-    if flag.value is not None:
-      values[name] = flag.value
-      given.add(name)
-  config = from_mapping(values)
-  return config if there is not None else defaults.resolve(config), given
 
 
 def devices() -> Mesh | None:
@@ -152,7 +95,7 @@ def settings(workdir: workdir_lib.Workdir) -> Config:
       there = None
       if _RESUME.value and workdir.config.exists():
         there = workdir_lib.read_config(workdir)
-      config, given = asked_for(there)
+      config, given = setting_flags.asked_for(there)
       config = workdir_lib.choose(workdir, config, given, _RESUME.value)
       text = json.dumps(dataclasses.asdict(config)).encode()
   return from_mapping(json.loads(distributed.share_bytes(text)))
@@ -193,12 +136,6 @@ def main(argv):
   )
 
 
-def parse(argv: list[str]) -> list[str]:
-  """Parses the flags."""
-  with _config_errors():
-    return app.parse_flags_with_usage(argv)
-
-
 if __name__ == '__main__':
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=parse)
+  app.run(main, flags_parser=setting_flags.parse)

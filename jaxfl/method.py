@@ -80,6 +80,8 @@ class Method(NamedTuple):
       the noise and the samples that nobody else may know. Of the params, only
       shapes count; examples are all that the client has, arrays [N, ...] with
       `example_weight`, 0 for what fills up.
+    values: message -> float32[K], what it says in numbers, for those that want
+      to know whether it says anything; None if it says it itself.
     turn: round, ids int32[C] -> the ids of those that act in it, all but for
       methods whose clients take turns.
   """
@@ -100,6 +102,7 @@ class Method(NamedTuple):
   check: Callable[[Any], str | None] = lambda state: None
   release: Release | None = None
   prepare: Callable[..., jt.Batch] | None = None
+  values: Callable[[jt.Message], jax.Array] | None = None
   turn: Callable[[int, np.ndarray], np.ndarray] = lambda round, ids: ids
 
   @property

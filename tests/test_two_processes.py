@@ -298,9 +298,9 @@ def test_several_hosts_are_one_run(settings, cache, tmp_path):
 _MISTAKES = """
 import sys
 from absl.testing import flagsaver
-from experiments import train
+from experiments import setting_flags, train
 from experiments.config import UsageError
-train.parse(sys.argv)
+setting_flags.parse(sys.argv)
 for flags in (
   {'mesh_clients': 3}, {'mesh_clients': 0}, {'mesh_model': 4},
   {'process_id': 1}, {'multihost': True, 'process_id': 1},

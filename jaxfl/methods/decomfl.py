@@ -205,4 +205,5 @@ def decomfl(
     backwards=0,
     projected_grads=num_scalars,
     check=lambda state: master.check(state.overflow),
+    values=lambda message: code.decode(message, num_scalars),
   )

@@ -401,6 +401,9 @@ def fedkseed(
     projected_grads=local_steps,
     check=check,
     prepare=hide and hide.prepare,
+    values=lambda message: code.decode(
+      message['projected_grads'] if send_indices else message, local_steps
+    ),
   )
 
 

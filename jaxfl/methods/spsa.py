@@ -238,5 +238,6 @@ def spsa(
     projected_grads=num_perturbations,
     weight_limit=(2**31 - 1) // num_perturbations,
     check=lambda state: master.check(state.overflow),
+    values=lambda message: code.decode(message, num_perturbations),
     prepare=hide and hide.prepare,
   )

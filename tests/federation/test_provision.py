@@ -6,8 +6,8 @@ import stat
 import pytest
 from cryptography import x509
 
-from experiments import provisioning
 from experiments.config import UsageError
+from experiments.federation import provisioning
 from jaxfl.federation import provision, server_config
 from jaxfl.federation.provision import Credentials
 
