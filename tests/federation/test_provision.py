@@ -184,7 +184,7 @@ def test_the_command_says_what_to_do_next(tmp_path, capsys):
   for part in (
     str(made.credentials('client-1')),
     'nats-server -c server.conf',
-    '--server=nats://fed.example.org:4222',
+    '--server=tls://fed.example.org:4222',
   ):
     assert part in said
   with pytest.raises(UsageError, match='num_clients'):
