@@ -59,7 +59,7 @@ def report(made: provision_lib.Provisioned) -> str:
     '  If it runs already, start it anew: nothing is lost and all come back.'
     ' To cut off who was revoked, nats-server --signal reload=PID is enough.',
     f'  (to install it: {server.INSTALL})',
-    f'Sites connect with --server=nats://{host}:{made.settings.port}'
+    f'Sites connect with --server=tls://{host}:{made.settings.port}'
     ' --credentials=FILE; the certificate is good for'
     f' {", ".join(made.hosts)}.',
     f'Keep {made.directory / "ca-key.pem"} here: it is needed to add hosts.',

@@ -40,8 +40,10 @@ class _Client(Client):
 
   def _connect_command(self) -> bytes:
     transport: Any = self._transport
-    line = transport._io_writer.get_extra_info('ssl_object')
-    if self.secure and line is None:
+    line = transport._io_writer.transport
+    if line.get_extra_info('ssl_object') is not None:
+      line.get_protocol()._over_ssl = True  # else every end is a warning
+    elif self.secure:
       raise nats.errors.SecureConnRequiredError
     return super()._connect_command()
 
@@ -64,7 +66,7 @@ async def connect(
   Args:
     credentials: file of `jaxfl.federation.provision`; None for a server on this
       machine that is open to everybody.
-    server: `nats://HOST:PORT`.
+    server: `tls://HOST:PORT`, or `nats://`; with credentials it is TLS anyway.
     disconnected: called when the line is lost.
     reconnected: called when it is there again.
 
@@ -119,14 +121,19 @@ async def connect(
 
 
 def _parse(server):
-  expected = f'--server must be nats://HOST:PORT, got {server!r}'
+  expected = f'--server must be tls://HOST:PORT, got {server!r}'
   try:
     url = urllib.parse.urlsplit(server)
     port = url.port
   except ValueError as error:
     raise ValueError(expected) from error
   extra = url.path or url.query or url.username
-  if url.scheme != 'nats' or not url.hostname or port is None or extra:
+  if (
+    url.scheme not in ('tls', 'nats')
+    or not url.hostname
+    or port is None
+    or extra
+  ):
     raise ValueError(expected)
   return url
 

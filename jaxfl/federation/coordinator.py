@@ -194,7 +194,8 @@ class _Office:
     """The end of the log; starts the run if it is not there."""
     names, header = self._names, self._plan.header
     if header is not None:
-      await stream.make(self._js, names, max_bytes(header))
+      ahead = self._plan.rules.pipeline
+      await stream.make(self._js, names, max_bytes(header), ahead)
     last = await stream.last_sequence(self._js, names.log_stream, names.log)
     if not last:
       if header is None:

@@ -62,6 +62,10 @@ class Credentials:
       )
     if not all(isinstance(value, str) for value in fields.values()):
       raise ValueError(f'--credentials: {path}: all fields must be texts')
+    try:
+      nkeys.from_seed(bytearray(fields['seed'].encode()))
+    except (nkeys.NkeysError, ValueError) as error:
+      raise ValueError(f'--credentials: {path}: seed is no key') from error
     return cls(**fields)
 
   def to_file(self, path: str | os.PathLike) -> None:

@@ -24,8 +24,10 @@ from jaxfl.federation.direct import (
 )
 from jaxfl.federation.names import Names
 
+KEPT = 64  # messages of each kind and client
 HEARTBEAT_S = 5.0  # of a consumer that has nothing to deliver
 _EXPECTED = 'Nats-Expected-Last-Subject-Sequence'
+_DELIVERED = '$JS.ACK.'  # what a consumer delivers is to be answered there
 _WRONG_LAST = 10071  # error code of the server
 
 
@@ -44,16 +46,27 @@ class Pause:
     self.seconds = min(2 * self.seconds, MAX_RETRY_S)
 
 
-async def make(js: JetStreamContext, names: Names, max_bytes: int) -> None:
+async def make(
+  js: JetStreamContext, names: Names, max_bytes: int, ahead: int = 0
+) -> None:
   """Makes the streams of a run that are not there.
 
   Args:
     js: of the coordinator.
     names: of the run.
     max_bytes: of one message of a client; longer ones the server refuses.
+    ahead: rounds that a client may be ahead of the log.
   """
   sent = [names.sent(kind, '*') for kind in ('hello', 'up', 'digest')]
-  await _make(js, names.up_stream, sent, max_msg_size=max_bytes)
+  # who sends more pushes out what he sent before, and nothing of others
+  kept = 2 * ahead + KEPT
+  await _make(
+    js,
+    names.up_stream,
+    sent,
+    max_msg_size=max_bytes,
+    max_msgs_per_subject=kept,
+  )
   await _make(
     js,
     names.log_stream,
@@ -257,7 +270,8 @@ class Reader:
         await self._drop()
       return None
     self._heard = loop.time()
-    if got.headers and 'Status' in got.headers:
+    # a heartbeat; a message may have the headers of one, but not its answer
+    if not got.reply.startswith(_DELIVERED):
       return None
     meta = got.metadata
     self._count += 1

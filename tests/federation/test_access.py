@@ -5,11 +5,18 @@ import base64
 import json
 
 import nats.errors
+import nats.js.errors
 import pytest
 
 from jaxfl.federation import connect
 from jaxfl.federation.provision import Credentials
-from tests.federation.trial import NAMES, Trial, needs_server, until
+from tests.federation.trial import (
+  MAX_MESSAGE,
+  NAMES,
+  Trial,
+  needs_server,
+  until,
+)
 
 pytestmark = needs_server
 _MAX = 4096
@@ -34,7 +41,7 @@ MAY = [
   ('client-0', sent('hello', 0), NAMES.up_stream),
   ('client-0', sent('digest', 0), NAMES.up_stream),
   ('client-1', sent('up', 1), NAMES.up_stream),
-  ('keeper', 'trial.trust', NAMES.up_stream),
+  ('keeper', 'trial.trust', 'trust'),
   ('keeper', f'$O.{NAMES.snapshots}.C.abc', _OBJECTS),
   ('keeper', f'$O.{NAMES.snapshots}.M.abc', _OBJECTS),
   ('coordinator', NAMES.log, NAMES.log_stream),
@@ -92,7 +99,7 @@ def test_a_denied_publish_stores_nothing(trial, user):
   async def run():
     async with trial.open(user) as nc, trial.open('coordinator') as observer:
       before = await trial.stored(observer)
-      assert len(before) == 4
+      assert len(before) == 5
       for subject in subjects:
         nc._err = None
         await nc.publish(subject, b'{}')
@@ -151,7 +158,9 @@ def test_what_is_too_long_is_refused(trial):
   async def polite():
     async with trial.open('client-0') as nc:
       assert nc.max_payload == _MAX
-      await nc.jetstream().publish(subject, bytes(_MAX))
+      await nc.jetstream().publish(subject, bytes(MAX_MESSAGE - 100))
+      with pytest.raises(nats.js.errors.APIError):
+        await nc.jetstream().publish(subject, bytes(MAX_MESSAGE + 1))
       with pytest.raises(nats.errors.MaxPayloadError):
         await nc.publish(subject, bytes(_MAX + 1))
 

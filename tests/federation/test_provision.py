@@ -168,13 +168,23 @@ def test_a_file_that_is_no_credential_is_refused(tmp_path, text):
     Credentials.from_file(path)
 
 
+@pytest.mark.parametrize('seed', ['', 'SU', 'SUAB', 'x' * 58, 'ü'])
+def test_a_damaged_seed_is_refused(tmp_path, seed):
+  made = provision.provision(tmp_path, 'run', 1)
+  path = made.credentials('client-0')
+  fields = json.loads(path.read_text())
+  path.write_text(json.dumps({**fields, 'seed': seed}))
+  with pytest.raises(ValueError, match='client-0.json: seed is no key'):
+    Credentials.from_file(path)
+
+
 def test_the_command_says_what_to_do_next(tmp_path, capsys):
   made = provisioning.provision_main(tmp_path, 'run', 2, ['fed.example.org'])
   said = capsys.readouterr().out
   for part in (
     str(made.credentials('client-1')),
     'nats-server -c server.conf',
-    '--server=nats://fed.example.org:4222',
+    '--server=tls://fed.example.org:4222',
   ):
     assert part in said
   with pytest.raises(UsageError, match='num_clients'):

@@ -12,8 +12,8 @@ import nats
 import pytest
 from nats.js import api
 
-from jaxfl.federation import direct, server, server_config
-from tests.federation.trial import MAX_PER_SUBJECT, NAMES, Trial, needs_server
+from jaxfl.federation import direct, server, server_config, stream
+from tests.federation.trial import NAMES, Trial, needs_server
 
 pytestmark = needs_server
 _UP, _LOG = NAMES.sent('up', 0), NAMES.log
@@ -55,15 +55,15 @@ def test_in_one_account_a_client_could_do_anything(tmp_path):
     observer = await nats.connect(url, user='coordinator', password='c')
     nc = await nats.connect(url, user='client', password='c')
     js = observer.jetstream()
-    for stream, subjects in (
+    for name, subjects in (
       (NAMES.up_stream, [f'{NAMES.run}.up.*']),
       (NAMES.log_stream, [_LOG]),
     ):
-      await js.add_stream(name=stream, subjects=subjects, allow_direct=True)
+      await js.add_stream(name=name, subjects=subjects, allow_direct=True)
     await js.publish(_LOG, b'record 0')
 
-    async def last(subject, stream):
-      return (await js.get_last_msg(stream, subject)).data
+    async def last(subject, name):
+      return (await js.get_last_msg(name, subject)).data
 
     # not by the front door
     await ask(nc, _LOG, b'forged', None)
@@ -104,6 +104,8 @@ def test_in_one_account_a_client_could_do_anything(tmp_path):
     f'$O.{NAMES.snapshots}.M.abc',
     f'$JS.API.STREAM.PURGE.{NAMES.up_stream}',
     f'$JS.API.STREAM.DELETE.{NAMES.log_stream}',
+    f'$JS.API.CONSUMER.CREATE.{NAMES.log_stream}',
+    '$JS.API.ACCOUNT.PURGE.run',  # for all in 2.9.10: CVE-2025-30215
     '_INBOX_1.x',
     '_INBOX_coordinator.x',
   ],
@@ -167,6 +169,27 @@ def test_answers_may_come_as_its_own_messages(trial):
   asyncio.run(run())
 
 
+def test_no_headers_make_the_coordinator_stumble(trial):
+  """A message that looks like the server's own word is a message."""
+  headers = {'Status': '100', 'Nats-Last-Consumer': '7'}
+
+  async def run():
+    async with (
+      trial.open('client-0') as nc,
+      trial.open('coordinator') as coordinator,
+    ):
+      info = await coordinator.jetstream().stream_info(NAMES.up_stream)
+      start = info.state.last_seq + 1
+      async with stream.Reader(coordinator, NAMES.up_stream, start) as reader:
+        for data in (b'before', b'', b'after'):
+          sent = None if data else headers
+          await nc.jetstream().publish(_UP, data, headers=sent)
+        found = [await reader.next(5) for _ in range(3)]
+        assert [m.data for m in found] == [b'before', b'', b'after']
+
+  asyncio.run(run())
+
+
 def test_a_client_can_take_the_message_ids_of_others(trial):
   """So nobody may count on `Nats-Msg-Id` in a stream of several writers."""
   headers = {api.Header.MSG_ID: '1:17'}
@@ -187,14 +210,14 @@ def test_a_flood_pushes_out_nothing_but_its_own(trial):
   async def run():
     async with trial.open('client-0') as nc, trial.open('client-1') as other:
       await other.jetstream().publish(NAMES.sent('up', 1), b'kept')
-      for _ in range(2 * MAX_PER_SUBJECT):
+      for _ in range(2 * stream.KEPT):
         await nc.publish(_UP, b'flood')
       await nc.jetstream().publish(_UP, b'the last')
       async with trial.open('coordinator') as observer:
         js = observer.jetstream()
         info = await js.stream_info(NAMES.up_stream, subjects_filter='>')
         counts = info.state.subjects or {}
-        assert counts[_UP] == MAX_PER_SUBJECT
+        assert counts[_UP] == stream.KEPT
         kept = await js.get_last_msg(NAMES.up_stream, NAMES.sent('up', 1))
         assert kept.data == b'kept'
 

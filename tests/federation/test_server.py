@@ -74,6 +74,20 @@ def test_plain_text_is_refused(trial):
 
 
 @needs_server
+@pytest.mark.parametrize('scheme', ['tls', 'nats'])
+def test_a_credential_and_an_encrypted_line_are_enough(trial, scheme):
+  async def run():
+    path = trial.made.credentials('client-0')
+    url = f'{scheme}://localhost:{trial.server.port}'
+    nc = await connect.connect(path, url)
+    line = nc._transport._io_writer.get_extra_info('ssl_object')
+    assert line.version() in ('TLSv1.2', 'TLSv1.3')
+    await nc.close()
+
+  asyncio.run(run())
+
+
+@needs_server
 def test_nobody_is_let_in_without_a_key(trial):
   said = refused(None, trial.server.url)
   assert 'takes nobody without --credentials' in said
@@ -143,7 +157,7 @@ def test_no_server_and_no_host(trial):
   ['127.0.0.1:4222', 'http://h:1', 'nats://h', 'nats://u@h:1', 'nats://h:x'],
 )
 def test_a_wrong_address_is_named(url):
-  with pytest.raises(ValueError, match='--server must be nats://HOST:PORT'):
+  with pytest.raises(ValueError, match='--server must be tls://HOST:PORT'):
     asyncio.run(connect.connect(None, url))
 
 

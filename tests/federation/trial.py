@@ -4,9 +4,8 @@ import asyncio
 import contextlib
 
 import pytest
-from nats.js import api
 
-from jaxfl.federation import connect, direct, provision, server
+from jaxfl.federation import connect, provision, server, stream
 from jaxfl.federation.names import Names
 
 needs_server = pytest.mark.skipif(
@@ -14,7 +13,7 @@ needs_server = pytest.mark.skipif(
   reason=f'nats-server is missing: {server.INSTALL}',
 )
 NAMES = Names('trial')
-MAX_PER_SUBJECT = 50
+MAX_MESSAGE = 3000  # bytes, of a client
 
 
 class Trial:
@@ -51,23 +50,8 @@ class Trial:
   async def _streams(self):
     async with self.open('coordinator') as nc:
       js = nc.jetstream()
-      sent = [NAMES.sent(kind, '*') for kind in ('hello', 'up', 'digest')]
-      await js.add_stream(
-        api.StreamConfig(
-          name=NAMES.up_stream,
-          subjects=[*sent, f'{NAMES.run}.trust'],
-          max_msgs_per_subject=MAX_PER_SUBJECT,
-          discard=api.DiscardPolicy.OLD,
-        )
-      )
-      await js.add_stream(
-        api.StreamConfig(
-          name=NAMES.log_stream,
-          subjects=[NAMES.log, NAMES.note],
-          **direct.stream_config(NAMES),
-        )
-      )
-      await js.create_object_store(NAMES.snapshots)
+      await stream.make(js, NAMES, MAX_MESSAGE)
+      await js.add_stream(name='trust', subjects=[f'{NAMES.run}.trust'])
       lease = await js.create_key_value(bucket=NAMES.lease, history=1)
       await lease.put('coordinator', b'me')
       for number in range(3):
