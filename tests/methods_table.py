@@ -115,6 +115,7 @@ CASES = {
     ),
     True, 0.02,
   ),
+  'spsa-256': Case(_spsa(num_perturbations=256), True, 0.02),
   'spsa-rank4': Case(_spsa(distribution='rank4'), True, 0.02),
   'spsa-gaussian': Case(_spsa(distribution='gaussian'), False, 0.02),
   'spsa-schedule-decay': Case(

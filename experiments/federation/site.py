@@ -16,6 +16,7 @@ from experiments.config import Config, UsageError, from_mapping
 from jaxfl import checkpoint, log
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
+from jaxfl.federation import book
 from jaxfl.federation.client import Site
 from jaxfl.federation.names import Names
 from jaxfl.models import native
@@ -100,13 +101,7 @@ def shared_of(header: log.Header) -> dict[str, Any]:
 
 def usable(header: log.Header) -> Callable[[jt.Message], bool]:
   """Whether a message of the run says anything that is finite."""
-  values = build.build_method(config_of(header), build.no_loss).values
-  finite = lambda x: bool(np.isfinite(np.asarray(x, np.float32)).any())
-  if values is not None:
-    return lambda message: finite(values(message))
-  return lambda message: all(
-    finite(x) for x in jax.tree.leaves(message) if x.dtype.kind not in 'iub'
-  )
+  return book.usable(build.build_method(config_of(header), build.no_loss))
 
 
 class Bench:

@@ -17,8 +17,10 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import numpy as np
 
+from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl import wire
 from jaxfl.federation import handshake, records
@@ -63,6 +65,18 @@ class Rules:
         raise ValueError(f'{name} must be in [{low}, {high}], got {value}')
     if not 0 < self.deadline_s < math.inf:
       raise ValueError(f'deadline_s must be > 0, got {self.deadline_s}')
+
+
+def usable(method: method_lib.Method) -> Callable[[jt.Message], bool]:
+  """Whether a message of a method says anything that is finite."""
+  finite = lambda x: bool(np.isfinite(np.asarray(x, np.float32)).any())
+  values = method.values
+  if values is not None:
+    return lambda message: finite(values(message))
+  is_float = lambda x: x.dtype.kind not in 'iub'
+  return lambda message: all(
+    finite(x) for x in jax.tree.leaves(message) if is_float(x)
+  )
 
 
 class Member:

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +35,7 @@ from jaxfl.federation.replica import (
 from jaxfl.federation.snapshots import Snapshots
 
 _REMEMBERED = 8  # digests that may still be compared
+_SILENCE_S = 30.0  # without a record, after which everything is said again
 
 
 class Refused(ValueError):
@@ -147,6 +149,9 @@ class _Follower:
     self._attested = {}
     self._rebuilt = False  # since replicas were last found to be equal
     self._sending = set()
+    self._open = {}  # what was sent for rounds that are not closed
+    self._heard = time.monotonic()  # of a record, or said everything again
+    self._packed = {}  # a keeper's states, by round
     self._one = threading.Lock()  # one computation at a time
 
   async def run(self):
@@ -157,16 +162,15 @@ class _Follower:
       await self._catch_up(reader)
       hello = names.sent('hello', site.client or 0)
       if site.client is not None:
-        shared = {k: replica.log.header.config.get(k) for k in site.shared}
-        passport = handshake.passport(site.header, shared)
         # compiles, before anybody waits
         await self._thread(self._compute, replica.round, replica.state)
-        await stream.publish(self._js, hello, handshake.encode(passport))
+        await stream.publish(self._js, hello, self._passport())
       try:
         while replica.round < site.num_rounds:
           if self._may_compute():
             await self._contribute()
           await self._drain(reader, wait=not self._may_compute())
+          self._repeat()
         await asyncio.gather(*self._sending)
       finally:
         for task in self._sending:
@@ -174,6 +178,11 @@ class _Follower:
       if site.client is not None:
         await stream.publish(self._js, hello, handshake.BYE)
     return self._progress
+
+  def _passport(self):
+    site, header = self._site, self._replica.log.header
+    shared = {name: header.config.get(name) for name in site.shared}
+    return handshake.encode(handshake.passport(site.header, shared))
 
   # Following.
 
@@ -221,6 +230,9 @@ class _Follower:
     if not self._replica.receive(message.data, message.headers):
       return False
     self._progress.bytes_down += len(message.data)
+    self._heard = time.monotonic()
+    closed = self._replica.log.num_rounds
+    self._open = {r: data for r, data in self._open.items() if r >= closed}
     return True
 
   async def _drain(self, reader, wait):
@@ -245,6 +257,9 @@ class _Follower:
       if round > self._attested_last():
         await self._report(round, digest)
       await self._thread(replica.save)
+      if site.client is None:
+        self._packed[round] = await self._thread(replica.pack)
+        self._packed = dict(sorted(self._packed.items())[-2:])
     self._watch(self._progress)
 
   def _attested_last(self):
@@ -289,12 +304,13 @@ class _Follower:
       return
 
   async def _keep(self, round, digest):
-    """A keeper shares its state, if it is that of the round."""
-    if self._site.client is not None or self._replica.round != round:
+    """A keeper shares a state that others have confirmed."""
+    frame = self._packed.pop(round, None)
+    if frame is None:
       return
     name = snapshot_name(round, digest)
     with contextlib.suppress(*direct.TRANSIENT):
-      await self._store.put(name, await self._thread(self._replica.pack))
+      await self._store.put(name, frame)
       for other in await self._store.list():
         old = parse_snapshot(other)
         if old is not None and old[0] < round:
@@ -324,7 +340,8 @@ class _Follower:
     self._progress.sent += 1
     self._progress.bytes_up += len(frame)
     self._progress.loss = loss
-    self._send('up', wire.varint(round) + frame)
+    self._open[round] = data = wire.varint(round) + frame
+    self._send('up', data)
     self._watch(self._progress)
 
   def _compute(self, round, state):
@@ -336,6 +353,16 @@ class _Follower:
     )
     message, loss = jax.device_get((message, metrics['loss']))
     return message, local, float(loss)
+
+  def _repeat(self):
+    """Says everything again after a silence: it may not have been taken."""
+    silent = time.monotonic() - self._heard > _SILENCE_S
+    if self._site.client is None or not silent:
+      return
+    self._heard = time.monotonic()
+    self._send('hello', self._passport())
+    for data in self._open.values():
+      self._send('up', data)
 
   def _send(self, kind, data):
     subject = self._site.names.sent(kind, self._site.client)

@@ -240,13 +240,14 @@ class _Office:
     self._status.bytes_down += size
 
   async def _greet(self):
-    """The clients that are there already."""
-    subject = self._names.sent('hello', '*')
-    async with stream.Reader(
-      self._nc, self._names.up_stream, subject=subject, last_per_subject=True
-    ) as reader:
-      while (message := await reader.next(timeout=0.5)) is not None:
-        self._take(message)
+    """The clients that are there already: the last that each has said."""
+    name, subject = self._names.up_stream, self._names.sent('hello', '*')
+    info = await self._js.stream_info(name, subjects_filter=subject)
+    for said in sorted(info.state.subjects or {}):
+      found = self._names.sender(said)
+      if found is not None:
+        last = await self._js.get_last_msg(name, said)
+        self._book.hello(found[1], last.data or b'', time.monotonic())
     # what they said after `self._read` is read again
 
   async def _listen(self, reader, wait_s):

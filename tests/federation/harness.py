@@ -82,7 +82,6 @@ class Toy:
 
   def plan(self, header=None) -> coordinator.Plan:
     method, _ = programs(self.case)
-    finite = lambda m: bool(np.isfinite(method.values(m)).any())
     return coordinator.Plan(
       names=NAMES,
       rules=book.Rules(
@@ -94,7 +93,7 @@ class Toy:
       ),
       header=header,
       shared=lambda header: {'case': header.config['case']},
-      usable=lambda header: finite,
+      usable=lambda header: book.usable(method),
       num_rounds=lambda header: self.num_rounds,
       lease_s=1.5,
     )
