@@ -99,12 +99,9 @@ def _where(role: str) -> roles.Place:
   )
 
 
-def _coordination(num_clients: int) -> roles.Coordination:
-  given = {name: flag.value for name, flag in _RULES.items()}
-  if given['min_clients'] is None:
-    given['min_clients'] = num_clients
+def _coordination() -> roles.Coordination:
   return roles.Coordination(
-    rules=given,
+    rules={name: flag.value for name, flag in _RULES.items()},
     pipeline=_PIPELINE.value,
     digest_every=_DIGEST_EVERY.value,
     monitor_port=_MONITOR_PORT.value,
@@ -141,13 +138,13 @@ def run(role: str) -> None:
       )
     )
   elif role == 'coordinator':
-    how = _coordination(config.num_clients)
+    how = _coordination()
     config = None if _RESUME.value else config
     roles.show(asyncio.run(roles.coordinate(_where(role), config, how)))
   else:
     stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     directory = pathlib.Path(_WORKDIR.value or f'runs/{stamp}')
-    asyncio.run(local.run(directory, config, _coordination(config.num_clients)))
+    asyncio.run(local.run(directory, config, _coordination()))
 
 
 def main(argv):
@@ -158,7 +155,7 @@ def main(argv):
     if _ROLE.value is None:
       raise UsageError('--role is needed; see --help')
     run(_ROLE.value)
-  except (UsageError, FloatingPointError, RuntimeError) as error:
+  except (UsageError, FloatingPointError, RuntimeError, OSError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:
     print(

@@ -74,8 +74,9 @@ class Coordination:
     """Raises UsageError naming the flag that is wrong."""
     if self.digest_every < 1:
       raise UsageError(f'--digest_every must be >= 1, got {self.digest_every}')
-    least = min(self.rules['min_clients'], num_clients)
-    fields = {**self.rules, 'min_clients': least}
+    fields = dict(self.rules)
+    if fields['min_clients'] is None:
+      fields['min_clients'] = num_clients
     try:
       return book.Rules(num_clients=num_clients, pipeline=pipeline, **fields)
     except ValueError as error:

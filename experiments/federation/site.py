@@ -26,6 +26,7 @@ from jaxfl.runtime import simulate
 _SHARED = frozenset(
   {'method', 'seed', 'num_rounds', 'num_clients', 'batch_size', 'weighting'}
   | {'adapter', 'lora_rank', 'lora_alpha', 'lora_targets', 'dtype'}
+  | {'frozen_digest'}
 )
 # settings of a simulation, which a federation decides by who is there
 _SIMULATED = {'participation_rate': 1.0, 'dropout_rate': 0.0, 'block_size': 1}

@@ -7,7 +7,7 @@ A client takes part once its handshake was accepted. A round is closed
   * or, `deadline_s` after the round before it was closed, with those that are
     there; with none, it stays open.
 
-A member that missed a round is not awaited again until it sends something. The
+A member that missed a round is not awaited again until it sends a message. The
 first message of a client for a round counts, whatever comes later. Everything
 else is refused with a reason and counted; it has no other consequence.
 """
@@ -140,7 +140,7 @@ class Book:
       self.members.pop(client, None)
       self._refuse(client, 'no handshake')
       return reason
-    self.members[client] = Member(self.round)
+    self.members.setdefault(client, Member(self.round))
     if self.round == 0 and not self.arrived:
       self._opened = now
     return None
@@ -157,7 +157,6 @@ class Book:
     if member is None:
       known = 0 <= client < self.rules.num_clients
       return self._refuse(client, 'no handshake' if known else 'unknown client')
-    member.awaited = True
     try:
       round, start = wire.read_varint(data, 0)
     except ValueError:
@@ -178,6 +177,7 @@ class Book:
       same = rows[client] == row
       return self._refuse(client, REPEATED if same else 'contradicts')
     rows[client] = row
+    member.awaited = True
     self._positions.setdefault(round, position)
     return None
 

@@ -151,6 +151,8 @@ class _Follower:
     self._sending = set()
     self._open = {}  # what was sent for rounds that are not closed
     self._heard = time.monotonic()  # of a record, or said everything again
+    self._said = False  # hello, so that an answer to it is for this process
+    self._refused = None
     self._packed = {}  # a keeper's states, by round
     self._one = threading.Lock()  # one computation at a time
 
@@ -165,12 +167,15 @@ class _Follower:
         # compiles, before anybody waits
         await self._thread(self._compute, replica.round, replica.state)
         await stream.publish(self._js, hello, self._passport())
+        self._said = True
       try:
         while replica.round < site.num_rounds:
           if self._may_compute():
             await self._contribute()
           await self._drain(reader, wait=not self._may_compute())
           self._repeat()
+          if self._refused is not None:
+            raise Refused(f'the coordinator refuses it: {self._refused}')
         await asyncio.gather(*self._sending)
       finally:
         for task in self._sending:
@@ -223,17 +228,34 @@ class _Follower:
     if message.subject == names.note:
       with contextlib.suppress(ValueError, KeyError, TypeError):
         note = json.loads(message.data)
+        if note.get('refused') == self._site.client and self._said:
+          self._refused = note['reason']
         self._attested[int(note['round'])] = note['digest']
       return False
     if message.subject != names.log:
       return False
     if not self._replica.receive(message.data, message.headers):
+      self._check_same(message)
       return False
     self._progress.bytes_down += len(message.data)
     self._heard = time.monotonic()
     closed = self._replica.log.num_rounds
     self._open = {r: data for r, data in self._open.items() if r >= closed}
     return True
+
+  def _check_same(self, message):
+    """Whether a record that is there already is the one that was taken."""
+    number = message.headers.get(records.ROUND, '')
+    chain = message.headers.get(records.CHAIN)
+    live = self._replica.log
+    if not number.isdecimal() or int(number) >= live.num_rounds:
+      return
+    if live.digest_at(int(number) + 1)[: len(chain or '')] != chain:
+      raise Diverged(
+        f'the server has another record of round {number} than the log in'
+        f' {live.path}: it has lost rounds, or it is another run; move the'
+        ' directory away to follow what the server has'
+      )
 
   async def _drain(self, reader, wait):
     """Takes what has arrived, at least one message if `wait`; applies it."""

@@ -30,7 +30,7 @@ _SETTLE_S = 10.0  # for the last digests
 
 
 class RunDiffers(ValueError):
-  """The run of this name has another header."""
+  """The run of this name has another header, or does not fit the server."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,7 +113,8 @@ async def coordinate(
     How it ended.
 
   Raises:
-    RunDiffers: if the run of this name has another header.
+    RunDiffers: if the run of this name has another header, or its records are
+      longer than the server's limit.
     NotFoundError: if there is no such run and the plan has no header.
   """
   js, status = nc.jetstream(), Status()
@@ -163,6 +164,9 @@ class _Office:
     self._names, self._lease = plan.names, own
     self._status, self._watch = status, watch
     self._digests = collections.defaultdict(dict)  # round -> client -> digest
+    self._first = {}  # when the first digest of a round came
+    self._told = set()  # clients that were told why they are refused
+    self._answers = []  # notes that are not published yet
     self._last = 0  # sequence of the last message of the log's subject
     self._read = 0  # of the last message of clients that was read
 
@@ -195,6 +199,7 @@ class _Office:
     names, header = self._names, self._plan.header
     if header is not None:
       ahead = self._plan.rules.pipeline
+      self._check_size(header)
       await stream.make(self._js, names, max_bytes(header), ahead)
     last = await stream.last_sequence(self._js, names.log_stream, names.log)
     if not last:
@@ -229,6 +234,18 @@ class _Office:
       )
     return tail
 
+  def _check_size(self, header):
+    """Whether the server takes the records of a run."""
+    clients = self._plan.rules.num_clients
+    row = wire.payload_bytes(header.message)
+    longest = max(max_bytes(header), clients * (row + 16) + 1024)
+    if longest > self._nc.max_payload:
+      raise RunDiffers(
+        f'a record of {clients} clients may have {longest} bytes, and the'
+        f' server takes messages of {self._nc.max_payload} at most'
+        ' (max_payload in its configuration)'
+      )
+
   def _remember(self, data):
     with contextlib.suppress(ValueError, KeyError, TypeError):
       note = json.loads(data)
@@ -259,6 +276,10 @@ class _Office:
       if self._book.due(time.monotonic()):
         break
       message = await reader.next(timeout=0)
+    for answer in self._answers:
+      data = json.dumps(answer).encode()
+      await stream.publish(self._js, self._names.note, data)
+    self._answers.clear()
     self._tell()
 
   def _take(self, message):
@@ -275,6 +296,9 @@ class _Office:
       reason = self._book.message(client, message.data, position)
     if reason is not None and reason not in (book.LATE, book.REPEATED):
       logging.warning('client %d: %s refused: %s', client, kind, reason)
+      if kind == 'hello' and client not in self._told:
+        self._told.add(client)
+        self._answers.append({'refused': client, 'reason': reason})
 
   def _report(self, client, data):
     if client not in self._book.members:
@@ -285,6 +309,7 @@ class _Office:
       return str(error)
     if round <= self._tail.round and round not in self._status.attested:
       self._digests[round][client] = digest, loss
+      self._first.setdefault(round, time.monotonic())
     return None
 
   async def _close_round(self):
@@ -325,7 +350,9 @@ class _Office:
     """Says which digest a round has, once the members have told theirs."""
     for round, told in sorted(self._digests.items()):
       awaited = [c for c, m in self._book.members.items() if m.awaited]
-      if not final and not all(c in told for c in awaited):
+      waited = time.monotonic() - self._first[round]
+      late = final or waited > self._plan.rules.deadline_s
+      if not late and not all(c in told for c in awaited):
         continue
       counts = collections.Counter(digest for digest, _ in told.values())
       (digest, votes), *others = counts.most_common()
@@ -339,7 +366,7 @@ class _Office:
       losses = [loss for _, loss in told.values() if np.isfinite(loss)]
       if losses:
         self._status.losses[round] = float(np.mean(losses))
-      del self._digests[round]
+      del self._digests[round], self._first[round]
       self._tell()
 
   async def _settle(self, reader):

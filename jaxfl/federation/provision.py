@@ -157,7 +157,8 @@ def provision(
 
   for path in (directory, directory / 'server', directory / 'credentials'):
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
-  hosts = list(dict.fromkeys([*hosts, *_LOOPBACK]))
+  # without new ones, those that there were
+  hosts = list(dict.fromkeys([*(hosts or state['hosts'] or ()), *_LOOPBACK]))
   new_certificate = _certify(directory, run, hosts, state['hosts'])
   ca = (directory / 'ca.pem').read_text()
   written = []

@@ -58,7 +58,12 @@ def test_quorum_deadline_and_members_that_are_silent():
   found.message(1, frame(0, 2), 4)
   assert found.due(10.0)  # nobody waits for 2 any more
   assert found.message(2, frame(0, 1), 5) == book.LATE
-  assert not found.due(10.0)  # it lives
+  assert found.due(10.0)  # whoever is late is not waited for
+  assert found.message(2, frame(0, 2), 6) is None
+  found.closed(np.array([0, 1, 2]), 10.0)
+  found.message(0, frame(0, 3), 7)
+  found.message(1, frame(0, 3), 8)
+  assert not found.due(10.0)  # it is back
 
 
 def test_the_first_round_waits_for_min_clients():
