@@ -44,6 +44,20 @@ class Release(NamedTuple):
   like: Callable[[jt.Params], jt.Message]
 
 
+class Probe(NamedTuple):
+  """How somebody with examples of their own checks what a client claims.
+
+  Attributes:
+    measure: state, message, minibatch, party -> claimed, measured, float32[K]
+      each: projected gradients as decoded from a message, and the same ones on
+      the trusted minibatch, at the weights before the round.
+    forwards: forward passes of `measure`, each over the minibatch.
+  """
+
+  measure: Callable[[Any, jt.Message, jt.Batch, Party], tuple[Any, Any]]
+  forwards: int
+
+
 class Method(NamedTuple):
   """Pure functions that make up a method, and what a round of it costs.
 
@@ -80,6 +94,7 @@ class Method(NamedTuple):
       the noise and the samples that nobody else may know. Of the params, only
       shapes count; examples are all that the client has, arrays [N, ...] with
       `example_weight`, 0 for what fills up.
+    probe: of a method whose messages are projected gradients; see `probe`.
     turn: round, ids int32[C] -> the ids of those that act in it, all but for
       methods whose clients take turns.
   """
@@ -100,6 +115,7 @@ class Method(NamedTuple):
   check: Callable[[Any], str | None] = lambda state: None
   release: Release | None = None
   prepare: Callable[..., jt.Batch] | None = None
+  probe: Probe | None = None
   turn: Callable[[int, np.ndarray], np.ndarray] = lambda round, ids: ids
 
   @property

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import (
+  aggregate,
   checks,
   codecs,
   estimators,
-  grid,
   keys,
   master,
   perturb,
@@ -67,6 +67,7 @@ def decomfl(
   in_layers: str | None = None,
   forwards_at_once: int = 1,
   num_rounds: int | None = None,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds DeComFL.
 
@@ -87,6 +88,7 @@ def decomfl(
       weights are perturbed layer by layer, see `estimators.perturber`.
     forwards_at_once: see `estimators.passes`.
     num_rounds: length of the schedules; needed with functions of the round.
+    aggregator: how scalars of clients are merged, see `aggregate`; the mean.
 
   Returns:
     A `Method`. A message is the code of float32[K P]; down go float32[K P].
@@ -126,6 +128,10 @@ def decomfl(
     len(lr_table),
     'learning_rate / num_perturbations',
   )
+  step_forwards = num_perturbations + (
+    num_perturbations if sides == 'two_sided' else 1
+  )
+  merge = (aggregator or aggregate.Aggregator()).merge
   estimate = getattr(estimators, sides)
 
   def directions_of(round):
@@ -136,20 +142,23 @@ def decomfl(
   def init(params):
     return DeComFLState(*master.init(params, weights), jnp.int32(0))
 
+  def step_grads(params, directions, batch, radius):
+    """float32[P] of a local step and the loss; all share its minibatch."""
+    copies = num_perturbations if sides == 'two_sided' else 1
+    shared = jax.tree.map(
+      lambda leaf: jnp.broadcast_to(leaf, (copies, *jnp.shape(leaf))), batch
+    )
+    perturbed = moved_by(params)
+    g, loss = estimate(loss_fn, perturbed, directions, shared, radius, passes)
+    return g.astype(jnp.float32), loss
+
   def client(state, local, batches, party):
     rate = schedules.at(step_table, party.round)
     radius = schedules.at(mu_table, party.round)
-    # a minibatch for every local step, whatever the number of directions
-    copies = num_perturbations if sides == 'two_sided' else 1
 
     def step(params, x):
       directions, batch = x
-      perturbed = moved_by(params)
-      shared = jax.tree.map(
-        lambda leaf: jnp.broadcast_to(leaf, (copies, *leaf.shape)), batch
-      )
-      g, loss = estimate(loss_fn, perturbed, directions, shared, radius, passes)
-      g = g.astype(jnp.float32)
+      g, loss = step_grads(params, directions, batch, radius)
       moves = jnp.where(jnp.isfinite(g), -(rate * g), 0.0)
       params = perturb.replay(
         params, directions, moves, distribution=distribution
@@ -162,17 +171,18 @@ def decomfl(
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
     return code.encode(g.reshape(-1), key), local, {'loss': losses.mean()}
 
+  def measure(state, message, batch, party):
+    """Claimed and measured of the first local step, see `method.Probe`."""
+    radius = schedules.at(mu_table, party.round)
+    directions = directions_of(party.round)[:num_perturbations]
+    measured, _ = step_grads(state.params, directions, batch, radius)
+    return code.decode(message, num_scalars)[:num_perturbations], measured
+
   @jax.jit
   def mean(messages, cohort):
-    """float32[K P]: the mean by weight of what is finite, in order of ids."""
+    """float32[K P]: the mean, or what the aggregator makes of them."""
     g = jax.vmap(lambda m: code.decode(m, num_scalars))(messages)
-    present = jnp.asarray(cohort.weight)[:, None]
-    weight = jnp.where(jnp.isfinite(g), present, 0.0)
-    part = jax.vmap(method_lib.fractions, in_axes=1, out_axes=1)(weight)
-    terms = grid.shrink(jnp.where(weight > 0, g, 0.0), part)
-    in_order = terms[jnp.argsort(jnp.asarray(cohort.id))]
-    add = lambda total, term: (total + term, None)
-    return jax.lax.scan(add, jnp.zeros(num_scalars), in_order)[0]
+    return merge(g, cohort.weight, cohort.id)
 
   def follow(state, down):
     held = master.Master(state.params, state.exponents, state.overflow)
@@ -198,11 +208,9 @@ def decomfl(
     receivers='everyone',
     follow=follow,
     num_batches=local_steps,
-    forwards=local_steps
-    * (
-      2 * num_perturbations if sides == 'two_sided' else num_perturbations + 1
-    ),
+    forwards=local_steps * step_forwards,
     backwards=0,
     projected_grads=num_scalars,
     check=lambda state: master.check(state.overflow),
+    probe=method_lib.Probe(measure, step_forwards),
   )
