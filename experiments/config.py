@@ -198,8 +198,8 @@ class Config:
   aggregator: str = _setting(
     'mean',
     'How values of clients are merged: mean; sign_vote (not ferret); where they'
-    ' are comparable (decomfl, fed_avg, fed_sgd) also median, trimmed_mean, krum'
-    ' or multi_krum.',
+    ' are comparable (decomfl, fed_avg, fed_sgd) also median, trimmed_mean,'
+    ' krum and multi_krum.',
   )
   trim_fraction: float = _setting(
     0.25, 'Of a trimmed mean: what it leaves out on either side.'

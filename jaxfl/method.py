@@ -48,13 +48,15 @@ class Probe(NamedTuple):
   """How somebody with examples of their own checks what a client claims.
 
   Attributes:
-    measure: state, message, minibatch, party -> claimed, measured, float32[K]
-      each: projected gradients as decoded from a message, and the same ones on
-      the trusted minibatch, at the weights before the round.
+    claims: message -> float32[K], its projected gradients as decoded.
+    measure: state, message, minibatch, party -> float32[]: the slope of the
+      loss along the update that the message asks for, at the weights before the
+      round, see `estimators.slope`.
     forwards: forward passes of `measure`, each over the minibatch.
   """
 
-  measure: Callable[[Any, jt.Message, jt.Batch, Party], tuple[Any, Any]]
+  claims: Callable[[jt.Message], jax.Array]
+  measure: Callable[[Any, jt.Message, jt.Batch, Party], jax.Array]
   forwards: int
 
 

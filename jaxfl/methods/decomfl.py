@@ -128,9 +128,6 @@ def decomfl(
     len(lr_table),
     'learning_rate / num_perturbations',
   )
-  step_forwards = num_perturbations + (
-    num_perturbations if sides == 'two_sided' else 1
-  )
   merge = (aggregator or aggregate.Aggregator()).merge
   estimate = getattr(estimators, sides)
 
@@ -142,23 +139,20 @@ def decomfl(
   def init(params):
     return DeComFLState(*master.init(params, weights), jnp.int32(0))
 
-  def step_grads(params, directions, batch, radius):
-    """float32[P] of a local step and the loss; all share its minibatch."""
-    copies = num_perturbations if sides == 'two_sided' else 1
-    shared = jax.tree.map(
-      lambda leaf: jnp.broadcast_to(leaf, (copies, *jnp.shape(leaf))), batch
-    )
-    perturbed = moved_by(params)
-    g, loss = estimate(loss_fn, perturbed, directions, shared, radius, passes)
-    return g.astype(jnp.float32), loss
-
   def client(state, local, batches, party):
     rate = schedules.at(step_table, party.round)
     radius = schedules.at(mu_table, party.round)
+    # a minibatch for every local step, whatever the number of directions
+    copies = num_perturbations if sides == 'two_sided' else 1
 
     def step(params, x):
       directions, batch = x
-      g, loss = step_grads(params, directions, batch, radius)
+      perturbed = moved_by(params)
+      shared = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (copies, *leaf.shape)), batch
+      )
+      g, loss = estimate(loss_fn, perturbed, directions, shared, radius, passes)
+      g = g.astype(jnp.float32)
       moves = jnp.where(jnp.isfinite(g), -(rate * g), 0.0)
       params = perturb.replay(
         params, directions, moves, distribution=distribution
@@ -171,12 +165,21 @@ def decomfl(
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
     return code.encode(g.reshape(-1), key), local, {'loss': losses.mean()}
 
+  def claims(message):
+    return code.decode(message, num_scalars)
+
   def measure(state, message, batch, party):
-    """Claimed and measured of the first local step, see `method.Probe`."""
-    radius = schedules.at(mu_table, party.round)
-    directions = directions_of(party.round)[:num_perturbations]
-    measured, _ = step_grads(state.params, directions, batch, radius)
-    return code.decode(message, num_scalars)[:num_perturbations], measured
+    """See `method.Probe`; where the local steps start."""
+    return estimators.slope(
+      loss_fn,
+      state.params,
+      directions_of(party.round),
+      claims(message),
+      batch,
+      schedules.at(mu_table, party.round),
+      distribution=distribution,
+      dtype=forward_dtype,
+    )
 
   @jax.jit
   def mean(messages, cohort):
@@ -208,9 +211,12 @@ def decomfl(
     receivers='everyone',
     follow=follow,
     num_batches=local_steps,
-    forwards=local_steps * step_forwards,
+    forwards=local_steps
+    * (
+      2 * num_perturbations if sides == 'two_sided' else num_perturbations + 1
+    ),
     backwards=0,
     projected_grads=num_scalars,
     check=lambda state: master.check(state.overflow),
-    probe=method_lib.Probe(measure, step_forwards),
+    probe=method_lib.Probe(claims, measure, 2),
   )

@@ -273,23 +273,25 @@ def fedkseed(
       message = {'indices': indices, 'projected_grads': message}
     return message, local, {'loss': losses.mean()}
 
+  def claims(message):
+    grads = message['projected_grads'] if send_indices else message
+    return code.decode(grads, local_steps)
+
   def measure(state, message, batch, party):
-    """Claimed and measured of the first local step, see `method.Probe`."""
-    index = draw(state, party.id, party.round)[0]
+    """See `method.Probe`; where the local steps start."""
+    indices = draw(state, party.id, party.round)
     if send_indices:
-      index = message['indices'][0].astype(jnp.int32)
-      message = message['projected_grads']
-    direction = pool.directions(root, index[None], distribution)
-    one = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], batch)
-    measured, _ = estimators.two_sided(
+      indices = message['indices'].astype(jnp.int32)
+    return estimators.slope(
       loss_fn,
-      moved_by(state.params),
-      direction,
-      one,
+      state.params,
+      pool.directions(root, indices, distribution),
+      claims(message),
+      batch,
       schedules.at(mu_table, party.round),
-      passes,
+      distribution=distribution,
+      dtype=forward_dtype,
     )
-    return code.decode(message, local_steps)[:1], measured
 
   def server(state, messages, cohort):
     if send_indices:
@@ -426,7 +428,7 @@ def fedkseed(
     projected_grads=local_steps,
     check=check,
     prepare=hide and hide.prepare,
-    probe=None if hide else method_lib.Probe(measure, 2),
+    probe=None if hide else method_lib.Probe(claims, measure, 2),
   )
 
 

@@ -158,7 +158,6 @@ def spsa(
     )
   estimate = getattr(estimators, sides)
   num_batches = num_perturbations if sides == 'two_sided' else 1
-  forwards = num_perturbations + num_batches
   if hide is not None:
     num_batches = 1  # of everything
 
@@ -203,21 +202,21 @@ def spsa(
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}
 
+  def claims(message):
+    return code.decode(message, num_perturbations)
+
   def measure(state, message, batch, party):
-    """Claimed and measured, see `method.Probe`; all on one minibatch."""
-    copies = num_perturbations if sides == 'two_sided' else 1
-    shared = jax.tree.map(
-      lambda x: jnp.broadcast_to(x, (copies, *np.shape(x))), batch
-    )
-    measured, _ = estimate(
+    """See `method.Probe`."""
+    return estimators.slope(
       loss_fn,
-      moved_by(state.params),
+      state.params,
       directions_of(party.id, party.round),
-      shared,
+      claims(message),
+      batch,
       schedules.at(mu_table, party.round),
-      passes,
+      distribution=distribution,
+      dtype=forward_dtype,
     )
-    return code.decode(message, num_perturbations), measured
 
   def server(state, messages, cohort):
     decode = lambda m: code.decode(m, num_perturbations)
@@ -256,11 +255,12 @@ def spsa(
     receivers='everyone',
     follow=method_lib.follow_messages(server),
     num_batches=num_batches,
-    forwards=forwards,
+    forwards=num_perturbations
+    + (num_perturbations if sides == 'two_sided' else 1),
     backwards=0,
     projected_grads=num_perturbations,
     weight_limit=(2**31 - 1) // num_perturbations,
     check=lambda state: master.check(state.overflow),
     prepare=hide and hide.prepare,
-    probe=None if hide else method_lib.Probe(measure, forwards),
+    probe=None if hide else method_lib.Probe(claims, measure, 2),
   )

@@ -1,0 +1,109 @@
+"""What clients that lie send in place of their honest message.
+
+    sign_flip   minus what it should be
+    max_byte    the largest values that the code has, of the opposite sign
+    constant    the same value everywhere, in every round
+    replay      its first message, again and again
+    small_bias  a small shift, which all liars share, of every value
+
+The last is a form of "A little is enough" (Baruch, Baruch, Goldberg, NeurIPS
+2019, arXiv:1902.06156): each message alone looks honest.
+
+An attack changes decoded values and encodes them again, so that it works with
+every codec of `jaxfl.codecs`; what a code holds decides how large a lie can be.
+Messages without a code are float tensors, whose largest value is `LARGEST`.
+"""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxfl import checks, codecs, keys
+from jaxfl import typing as jt
+
+ATTACKS = ('sign_flip', 'max_byte', 'constant', 'replay', 'small_bias')
+LARGEST = np.float32(2.0**100)  # of floats and of bfloat16
+_CONSTANT, _BIAS = np.float32(1.0), np.float32(0.5)  # the latter of the rms
+
+# round, ids int32[C], messages [C, ...] -> messages
+Tamper = Callable[[int, np.ndarray, jt.Message], jt.Message]
+
+
+def lie(attack: str, values: np.ndarray, round: int) -> np.ndarray:
+  """The values in place of honest ones; `replay` is of whole messages.
+
+  Args:
+    attack: one of `ATTACKS`, but `replay`.
+    values: float32[K], honest.
+    round: liars of one round agree on the signs of their bias.
+  """
+  if attack == 'sign_flip':
+    return -values
+  if attack == 'max_byte':
+    return np.where(values < 0, LARGEST, -LARGEST)
+  if attack == 'constant':
+    return np.full_like(values, _CONSTANT)
+  signs = np.random.default_rng(round).choice(np.float32([-1, 1]), values.shape)
+  return values + _BIAS * np.sqrt(np.mean(np.square(values))) * signs
+
+
+def tamper(
+  attack: str,
+  liars: Collection[int],
+  *,
+  codec: codecs.Codec | None = None,
+  num_values: int = 0,
+  honest_rounds: int = 0,
+) -> Tamper:
+  """Replaces the messages of liars; for `simulate`.
+
+  Args:
+    attack: one of `ATTACKS`.
+    liars: their ids.
+    codec: of the messages: an array, or the entry `projected_grads` or
+      `coordinates` of a dict. Without one, all tensors are values.
+    num_values: values in a code.
+    honest_rounds: rounds before the first lie.
+
+  Raises:
+    ValueError: for an unknown attack.
+  """
+  checks.one_of('attack', attack, ATTACKS)
+  first: dict[int, Any] = {}  # the messages that are sent again
+
+  def code_of(message):
+    """Where a message has its code."""
+    if isinstance(message, dict):
+      for name in ('projected_grads', 'coordinates'):
+        if name in message:
+          return name, message[name]
+    return None, message
+
+  def one(message, round, client):
+    if attack == 'replay':
+      return first.setdefault(client, message)
+    if codec is None:
+      return jax.tree.map(
+        lambda x: lie(attack, x.astype(np.float32), round).astype(x.dtype),
+        message,
+      )
+    name, code = code_of(message)
+    values = np.asarray(codec.decode(code, num_values))
+    values = lie(attack, values, round).astype(np.float32)
+    key = keys.fold(keys.root(client), round)  # of stochastic codecs
+    code = np.asarray(codec.encode(values, key))
+    return code if name is None else message | {name: code}
+
+  def change(round, ids, messages):
+    if round < honest_rounds:
+      return messages
+    messages = jax.tree.map(np.array, messages)
+    for i, client in enumerate(ids.tolist()):
+      if client in liars:
+        sent = one(jax.tree.map(lambda x, i=i: x[i], messages), round, client)
+        jax.tree.map(lambda x, y, i=i: x.__setitem__(i, y), messages, sent)
+    return messages
+
+  return change
