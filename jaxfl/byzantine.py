@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxfl import checks, codecs, keys
+from jaxfl import checks, codecs
 from jaxfl import typing as jt
 
 ATTACKS = ('sign_flip', 'max_byte', 'constant', 'replay', 'small_bias')
@@ -72,38 +72,50 @@ def tamper(
   """
   checks.one_of('attack', attack, ATTACKS)
   first: dict[int, Any] = {}  # the messages that are sent again
+  decode = encode = None
+  if codec is not None:
+    decode = jax.jit(jax.vmap(lambda code: codec.decode(code, num_values)))
+    encode = jax.jit(jax.vmap(codec.encode))
 
-  def code_of(message):
-    """Where a message has its code."""
-    if isinstance(message, dict):
-      for name in ('projected_grads', 'coordinates'):
-        if name in message:
-          return name, message[name]
-    return None, message
-
-  def one(message, round, client):
-    if attack == 'replay':
-      return first.setdefault(client, message)
-    if codec is None:
-      return jax.tree.map(
-        lambda x: lie(attack, x.astype(np.float32), round).astype(x.dtype),
-        message,
-      )
-    name, code = code_of(message)
-    values = np.asarray(codec.decode(code, num_values))
-    values = lie(attack, values, round).astype(np.float32)
-    key = keys.fold(keys.root(client), round)  # of stochastic codecs
-    code = np.asarray(codec.encode(values, key))
-    return code if name is None else message | {name: code}
+  def values_of(messages):
+    """Where messages have their code, if they are dicts."""
+    names = ('projected_grads', 'coordinates')
+    if isinstance(messages, dict):
+      return next(name for name in names if name in messages)
+    return None
 
   def change(round, ids, messages):
-    if round < honest_rounds:
+    (liars_at,) = np.nonzero(np.isin(ids, list(liars)))
+    if round < honest_rounds or not liars_at.size:
       return messages
-    messages = jax.tree.map(np.array, messages)
-    for i, client in enumerate(ids.tolist()):
-      if client in liars:
-        sent = one(jax.tree.map(lambda x, i=i: x[i], messages), round, client)
-        jax.tree.map(lambda x, y, i=i: x.__setitem__(i, y), messages, sent)
-    return messages
+    mine = jax.tree.map(lambda x: x[liars_at], messages)
+    if attack == 'replay':
+      for i, client in zip(liars_at, ids[liars_at].tolist(), strict=True):
+        own = jax.tree.map(lambda x, i=i: x[i], messages)
+        first.setdefault(client, own)
+      old = [first[client] for client in ids[liars_at].tolist()]
+      sent = jax.tree.map(lambda *xs: np.stack(xs), *old)
+    elif decode is None or encode is None:
+      sent = jax.tree.map(
+        lambda x: np.stack(
+          [lie(attack, row.astype(np.float32), round) for row in x]
+        ).astype(x.dtype),
+        mine,
+      )
+    else:
+      name = values_of(mine)
+      values = np.asarray(decode(mine if name is None else mine[name]))
+      values = [lie(attack, row, round).astype(np.float32) for row in values]
+      # of stochastic codecs
+      words = [(client, round) for client in ids[liars_at].tolist()]
+      code = np.asarray(encode(np.stack(values), np.array(words, np.uint32)))
+      sent = code if name is None else mine | {name: code}
+
+    def put(honest, lies):
+      honest = np.array(honest)
+      honest[liars_at] = lies
+      return honest
+
+    return jax.tree.map(put, messages, sent)
 
   return change

@@ -15,8 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxfl import checks, lazy, perturb
+from jaxfl import checks, lazy, perturb, schedules
+from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')  # names of functions
@@ -213,11 +215,7 @@ def slope(
   Returns:
     (L(w + mu v) - L(w - mu v)) / (2 mu), float32[]; 0 if all claims are.
   """
-  claims = jnp.where(jnp.isfinite(claims), claims, 0.0)
-  largest = jnp.max(jnp.abs(claims))
-  scaled = claims / jnp.where(largest > 0, largest, 1.0)
-  length = jnp.sqrt(jnp.sum(jnp.square(scaled)))
-  unit = scaled / jnp.where(length > 0, length, 1.0)
+  unit = unit_length(claims)
 
   def loss_at(radius):
     def move(params, x):
@@ -232,3 +230,36 @@ def slope(
 
   plus, minus = loss_at(mu), loss_at(-mu)
   return (plus - minus) / (2.0 * mu)
+
+
+def unit_length(claims: jax.Array) -> jax.Array:
+  """c / |c|, float32[K], whatever their range; what is not finite is 0."""
+  claims = jnp.where(jnp.isfinite(claims), claims, 0.0)
+  largest = jnp.max(jnp.abs(claims))
+  scaled = claims / jnp.where(largest > 0, largest, 1.0)
+  length = jnp.sqrt(jnp.sum(jnp.square(scaled)))
+  return scaled / jnp.where(length > 0, length, 1.0)
+
+
+def probe(
+  loss_fn: jt.LossFn,
+  claims: Callable[..., tuple[jax.Array, jax.Array]],
+  mu_table: np.ndarray,
+  distribution: str,
+  dtype: str | None,
+) -> method_lib.Probe:
+  """The probe of a method of projected gradients, from its `claims`."""
+
+  def along(params, directions, claimed, batch, round):
+    return slope(
+      loss_fn,
+      params,
+      directions,
+      claimed,
+      batch,
+      schedules.at(mu_table, round),
+      distribution=distribution,
+      dtype=dtype,
+    )
+
+  return method_lib.Probe(claims, along, forwards=2)

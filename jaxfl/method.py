@@ -48,15 +48,16 @@ class Probe(NamedTuple):
   """How somebody with examples of their own checks what a client claims.
 
   Attributes:
-    claims: message -> float32[K], its projected gradients as decoded.
-    measure: state, message, minibatch, party -> float32[]: the slope of the
-      loss along the update that the message asks for, at the weights before the
-      round, see `estimators.slope`.
-    forwards: forward passes of `measure`, each over the minibatch.
+    claims: state, message, party -> directions uint32[K, ...] and projected
+      gradients float32[K] along them, as decoded; state is that of the round.
+    slope: params, directions [N, ...], claims [N], minibatch, round ->
+      float32[]: how the loss rises along them, see `estimators.slope`. They may
+      be those of several messages.
+    forwards: forward passes of `slope`, each over the minibatch.
   """
 
-  claims: Callable[[jt.Message], jax.Array]
-  measure: Callable[[Any, jt.Message, jt.Batch, Party], jax.Array]
+  claims: Callable[[Any, jt.Message, Party], tuple[jax.Array, jax.Array]]
+  slope: Callable[..., jax.Array]
   forwards: int
 
 

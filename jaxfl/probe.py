@@ -1,17 +1,18 @@
 """Trust in clients, from probes: do their claims hold on examples of our own?
 
 Where every client has directions of its own, no message can be compared with
-another, but each can be checked: it asks for an update, and along it the loss
-on a trusted minibatch must fall. One probe is two forward passes for all the
-scalars of a message (`estimators.slope`).
+another, but each can be checked: along the update that it asks for, the loss on
+a trusted minibatch must fall. One probe is two forward passes, however many
+scalars it checks: those of all messages of a client since its last probe, at
+most `WINDOW`, each scaled to length one (`estimators.slope`).
 
-    slope  = (L(w + mu v) - L(w - mu v)) / (2 mu)    v: the message's direction
+    slope  = (L(w + mu v) - L(w - mu v)) / (2 mu)    v: what the client asks for
     x      = slope / rms of the slopes of all clients
     score  = sum decay**j x_j / sqrt(sum decay**2j)  over a client's probes
     trust  = whole levels 0 .. 8 of score / 2        no probe, no trust
 
-Under a message that has nothing to do with the loss the score is about N(0, 1);
-it grows with the number of probes for honest clients and falls for those that
+If messages have nothing to do with the loss, the score is about N(0, 1); it
+grows with the number of probes for honest clients, and falls for those that
 flip signs. v has a fixed length, so that no claim can inflate its own score or
 the scale. A message whose claims are `MOST` times as large as slopes are weighs
 nothing in its round, at no cost.
@@ -32,15 +33,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxfl import keys
+from jaxfl import estimators, keys
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
-LEVELS = 8  # of trust
+LEVELS = 16  # of trust
 MOST = 8.0  # times the usual size of a claim
-_SURE = 2.0  # the score of full trust
+WINDOW = 4  # messages of a probe
+_SURE = 3.0  # the score of full trust
 _SCALE_DECAY = 0.9  # per round, of the mean square of slopes
 
 
@@ -48,13 +51,19 @@ _SCALE_DECAY = 0.9  # per round, of the mean square of slopes
 class Record:
   """What is known of a client: discounted sums over its probes."""
 
-  total: float = 0.0  # of x
-  variance: float = 0.0  # of the total, under no relation
+  total: float = 0.0  # of -x, in terms of the module
+  variance: float = 0.0  # of the total, if messages say nothing
   messages: int = 0
+  waiting: list[Any] = dataclasses.field(default_factory=list)  # for a probe
 
   @property
   def score(self) -> float:
     return self.total / self.variance**0.5 if self.variance else 0.0
+
+  @property
+  def level(self) -> int:
+    """Of trust, 0 .. `LEVELS`."""
+    return round(LEVELS * min(max(self.score / _SURE, 0.0), 1.0) ** 2)
 
 
 class Trust:
@@ -65,8 +74,8 @@ class Trust:
 
   Attributes:
     records: by client id.
-    probes: messages that were probed so far.
-    forwards: forward passes that probes took so far.
+    probes: how many there were so far.
+    forwards: forward passes that they took.
   """
 
   def __init__(
@@ -78,7 +87,7 @@ class Trust:
     num_messages: int,
     num_clients: int,
     share: float = 0.05,
-    burst: int = 8,
+    burst: int = 4,
     decay: float = 0.97,
   ):
     """Starts with no trust in anybody.
@@ -91,7 +100,7 @@ class Trust:
       num_clients: in all.
       share: of the clients' forward passes, at most, that probes may take.
       burst: messages of a client that are probed before it is a matter of
-        chance; at most half of the budget.
+        chance; at most half of the budget goes there.
       decay: weight of a probe after the next one.
 
     Raises:
@@ -114,11 +123,15 @@ class Trust:
       if value < 1:
         raise ValueError(f'{name} must be >= 1, got {value}')
     assert not callable(method.forwards)
-    self._measure = jax.jit(method.probe.measure)
+    claims = lambda state, message, party: (
+      lambda directions, c: (directions, estimators.unit_length(c), c)
+    )(*method.probe.claims(state, message, party))
+    self._claims = jax.jit(jax.vmap(claims, (None, 0, 0)))
+    self._slope = jax.jit(method.probe.slope)
     self._cost = method.probe.forwards
     self._batch_fn = batch_fn
-    self._key = keys.stream(root, 'probe')
-    self._claims = jax.jit(jax.vmap(method.probe.claims))
+    key = keys.stream(root, 'probe')
+    self._draw = jax.jit(lambda *data: keys.uniform(keys.fold(key, *data)))
     self._decay = decay
     self._budget = int(share * num_messages * method.forwards / self._cost)
     self._burst = min(burst, self._budget // (2 * num_clients))
@@ -139,10 +152,10 @@ class Trust:
     digest = 0
     for leaf in jax.tree.leaves(messages):
       digest = zlib.crc32(np.ascontiguousarray(leaf).tobytes(), digest)
-    draws = keys.uniform(keys.fold(self._key, round, digest, ids))
-    chosen = np.asarray(draws) < self._rate
+    draws = self._draw(np.uint32(round), np.uint32(digest), ids)
     seen = [self.records.get(i, Record()).messages for i in ids.tolist()]
-    return chosen | (np.array(seen, int) < self._burst)
+    first = np.array(seen, int) < self._burst
+    return first | (np.asarray(draws) < self._rate)
 
   def __call__(
     self, state: Any, messages: jt.Message, cohort: method_lib.Party
@@ -153,51 +166,46 @@ class Trust:
       ValueError: if a weight would be 2**24 or more.
     """
     ids, round = np.asarray(cohort.id), int(cohort.round)
-    chosen = self.chosen(round, ids, messages) if len(ids) else []
+    if not len(ids):
+      return np.zeros(0, np.float32)
+    cohort = cohort._replace(round=np.full(len(ids), round, np.int32))
+    directions, units, claims = jax.device_get(
+      self._claims(state, messages, cohort)
+    )
+    chosen = self.chosen(round, ids, messages)
     slopes = {}
     for i, client in enumerate(ids.tolist()):
       record = self.records.setdefault(client, Record())
       record.messages += 1
+      record.waiting = [*record.waiting, (directions[i], units[i])][-WINDOW:]
       if chosen[i] and self.probes < self._budget:
-        slopes[client] = self._probe(state, messages, round, client, i)
+        slopes[client] = self._probe(state, record, round)
     self._squares *= _SCALE_DECAY
     self._squares += sum(x * x for x in slopes.values()), len(slopes)
-    scale = self._scale()
+    squares, count = self._squares
+    scale = float(np.sqrt(squares / count)) if squares > 0 else 1.0
     for client, slope in slopes.items():
       record = self.records[client]
-      # a slope of 0 is no evidence; falls along an update are positive
       record.total = self._decay * record.total + slope / scale
       record.variance = self._decay**2 * record.variance + 1.0
-    levels = [_level(self.records[i].score) for i in ids.tolist()]
-    levels = np.array(levels, np.float32) * self._usual(messages, len(ids))
-    weights = np.asarray(cohort.weight) * levels
-    if weights.size and weights.max() >= 2**24:
+    sizes = np.sqrt(np.mean(np.square(np.nan_to_num(claims), dtype=float), 1))
+    levels = np.array([self.records[i].level for i in ids.tolist()])
+    weights = np.asarray(cohort.weight) * levels * (sizes <= MOST * scale)
+    if weights.max() >= 2**24:
       raise ValueError(
         f'weights of trust must be below 2**24, got {weights.max():.0f}: lower'
         " the clients' weights"
       )
     return weights.astype(np.float32)
 
-  def _usual(self, messages, count):
-    """bool[C]: the claims are not much larger than slopes are."""
-    if not count:
-      return np.zeros(0, bool)
-    claims = np.nan_to_num(jax.device_get(self._claims(messages)))
-    sizes = np.sqrt(np.mean(np.square(claims, dtype=np.float64), axis=1))
-    return sizes <= MOST * self._scale()
-
-  def _probe(self, state, messages, round, client, i) -> float:
-    message = jax.tree.map(lambda x: x[i], messages)
-    party = method_lib.Party(np.int32(client), np.int32(round), np.float32(1))
-    batch = self._batch_fn(round)
-    slope = float(self._measure(state, message, batch, party))
+  def _probe(self, state, record, round) -> float:
+    """The slope of what waits in a record, which is then empty."""
+    empty = jax.tree.map(np.zeros_like, record.waiting[0])
+    filled = record.waiting + [empty] * (WINDOW - len(record.waiting))
+    directions, units = (np.concatenate(x) for x in zip(*filled, strict=True))
+    record.waiting = []
     self.probes += 1
-    return slope if np.isfinite(slope) else 0.0
-
-  def _scale(self) -> float:
-    squares, count = self._squares
-    return float(np.sqrt(squares / count)) if squares > 0 else 1.0
-
-
-def _level(score: float) -> int:
-  return round(LEVELS * min(max(score / _SURE, 0.0), 1.0))
+    slope = self._slope(
+      state.params, directions, units, self._batch_fn(round), jnp.int32(round)
+    )
+    return float(jnp.nan_to_num(slope))

@@ -165,21 +165,10 @@ def decomfl(
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
     return code.encode(g.reshape(-1), key), local, {'loss': losses.mean()}
 
-  def claims(message):
-    return code.decode(message, num_scalars)
-
-  def measure(state, message, batch, party):
-    """See `method.Probe`; where the local steps start."""
-    return estimators.slope(
-      loss_fn,
-      state.params,
-      directions_of(party.round),
-      claims(message),
-      batch,
-      schedules.at(mu_table, party.round),
-      distribution=distribution,
-      dtype=forward_dtype,
-    )
+  def claims(state, message, party):
+    """See `method.Probe`."""
+    del state  # Unused.
+    return directions_of(party.round), code.decode(message, num_scalars)
 
   @jax.jit
   def mean(messages, cohort):
@@ -218,5 +207,7 @@ def decomfl(
     backwards=0,
     projected_grads=num_scalars,
     check=lambda state: master.check(state.overflow),
-    probe=method_lib.Probe(claims, measure, 2),
+    probe=estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
+    ),
   )

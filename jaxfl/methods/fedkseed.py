@@ -273,25 +273,14 @@ def fedkseed(
       message = {'indices': indices, 'projected_grads': message}
     return message, local, {'loss': losses.mean()}
 
-  def claims(message):
-    grads = message['projected_grads'] if send_indices else message
-    return code.decode(grads, local_steps)
-
-  def measure(state, message, batch, party):
-    """See `method.Probe`; where the local steps start."""
+  def claims(state, message, party):
+    """See `method.Probe`; as if all were measured where the steps start."""
     indices = draw(state, party.id, party.round)
     if send_indices:
       indices = message['indices'].astype(jnp.int32)
-    return estimators.slope(
-      loss_fn,
-      state.params,
-      pool.directions(root, indices, distribution),
-      claims(message),
-      batch,
-      schedules.at(mu_table, party.round),
-      distribution=distribution,
-      dtype=forward_dtype,
-    )
+      message = message['projected_grads']
+    g = code.decode(message, local_steps)
+    return pool.directions(root, indices, distribution), g
 
   def server(state, messages, cohort):
     if send_indices:
@@ -428,7 +417,11 @@ def fedkseed(
     projected_grads=local_steps,
     check=check,
     prepare=hide and hide.prepare,
-    probe=None if hide else method_lib.Probe(claims, measure, 2),
+    probe=None
+    if hide
+    else estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
+    ),
   )
 
 

@@ -202,20 +202,11 @@ def spsa(
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}
 
-  def claims(message):
-    return code.decode(message, num_perturbations)
-
-  def measure(state, message, batch, party):
+  def claims(state, message, party):
     """See `method.Probe`."""
-    return estimators.slope(
-      loss_fn,
-      state.params,
-      directions_of(party.id, party.round),
-      claims(message),
-      batch,
-      schedules.at(mu_table, party.round),
-      distribution=distribution,
-      dtype=forward_dtype,
+    del state  # Unused.
+    return directions_of(party.id, party.round), code.decode(
+      message, num_perturbations
     )
 
   def server(state, messages, cohort):
@@ -262,5 +253,9 @@ def spsa(
     weight_limit=(2**31 - 1) // num_perturbations,
     check=lambda state: master.check(state.overflow),
     prepare=hide and hide.prepare,
-    probe=None if hide else method_lib.Probe(claims, measure, 2),
+    probe=None
+    if hide
+    else estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
+    ),
   )
