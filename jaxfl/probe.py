@@ -40,10 +40,11 @@ from jaxfl import estimators, keys
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
-LEVELS = 16  # of trust
+LEVELS = 8  # of trust
 MOST = 8.0  # times the usual size of a claim
 WINDOW = 4  # messages of a probe
-_SURE = 3.0  # the score of full trust
+_NONE, _FULL = 0.5, 1.5  # scores of no trust and of full trust
+_SIGNAL_RATE, _LEAST_SIGNAL = 0.1, 0.05
 _SCALE_DECAY = 0.9  # per round, of the mean square of slopes
 
 
@@ -63,7 +64,8 @@ class Record:
   @property
   def level(self) -> int:
     """Of trust, 0 .. `LEVELS`."""
-    return round(LEVELS * min(max(self.score / _SURE, 0.0), 1.0) ** 2)
+    share = (self.score - _NONE) / (_FULL - _NONE)
+    return round(LEVELS * min(max(share, 0.0), 1.0))
 
 
 class Trust:
@@ -137,6 +139,7 @@ class Trust:
     self._burst = min(burst, self._budget // (2 * num_clients))
     first = self._burst * num_clients
     self._rate = (self._budget - first) / max(num_messages - first, 1)
+    self._signal = 1.0  # the usual x of those that are trusted
     self._squares = np.zeros(2)  # discounted sum of squares, and count
     self.records: dict[int, Record] = {}
     self.probes = 0
@@ -184,10 +187,15 @@ class Trust:
     self._squares += sum(x * x for x in slopes.values()), len(slopes)
     squares, count = self._squares
     scale = float(np.sqrt(squares / count)) if squares > 0 else 1.0
+    signal, trusted = max(self._signal, _LEAST_SIGNAL), []
     for client, slope in slopes.items():
       record = self.records[client]
-      record.total = self._decay * record.total + slope / scale
-      record.variance = self._decay**2 * record.variance + 1.0
+      trusted.append((record.level, slope / scale))
+      record.total = self._decay * record.total + signal * slope / scale
+      record.variance = self._decay**2 * record.variance + signal**2
+    if whole := sum(level for level, _ in trusted):
+      found = sum(level * x for level, x in trusted) / whole
+      self._signal += _SIGNAL_RATE * (found - self._signal)
     sizes = np.sqrt(np.mean(np.square(np.nan_to_num(claims), dtype=float), 1))
     levels = np.array([self.records[i].level for i in ids.tolist()])
     weights = np.asarray(cohort.weight) * levels * (sizes <= MOST * scale)
