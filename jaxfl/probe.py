@@ -42,9 +42,9 @@ from jaxfl import typing as jt
 
 LEVELS = 8  # of trust
 MOST = 8.0  # times the usual size of a claim
-WINDOW = 4  # messages of a probe
+WINDOW = 8  # messages of a probe
 _NONE, _FULL = 0.5, 1.5  # scores of no trust and of full trust
-_SIGNAL_RATE, _LEAST_SIGNAL = 0.1, 0.05
+_SIGNAL_RATE, _LEAST_SIGNAL = 0.1, 0.2
 _SCALE_DECAY = 0.9  # per round, of the mean square of slopes
 
 
@@ -90,7 +90,7 @@ class Trust:
     num_clients: int,
     share: float = 0.05,
     burst: int = 4,
-    decay: float = 0.97,
+    decay: float = 0.98,
   ):
     """Starts with no trust in anybody.
 
@@ -139,7 +139,11 @@ class Trust:
     self._burst = min(burst, self._budget // (2 * num_clients))
     first = self._burst * num_clients
     self._rate = (self._budget - first) / max(num_messages - first, 1)
-    self._signal = 1.0  # the usual x of those that are trusted
+    self.reset()
+
+  def reset(self) -> None:
+    """Forgets everything, for another run with the same programs."""
+    self._signal = 0.5  # the usual x of those that are trusted
     self._squares = np.zeros(2)  # discounted sum of squares, and count
     self.records: dict[int, Record] = {}
     self.probes = 0
