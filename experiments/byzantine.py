@@ -5,9 +5,11 @@
 10 clients, of which a fraction sends what `jaxfl.byzantine` says, by method and
 aggregator; `probe` is the mean with weights of `jaxfl.probe`, `oracle` that of
 the honest clients alone. Writes `experiments/results/byzantine.json` and
-`byzantine.png`, and prints the table.
+`byzantine.png`, and prints the table. What the JSON file holds is kept: delete
+it to start anew.
 """
 
+import json
 import pathlib
 import platform
 
@@ -25,6 +27,11 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0, 1, ...', lower_bound=1)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Processes at once.', lower_bound=1)
+_FRACTIONS = flags.DEFINE_list(
+  'fractions',
+  [str(x) for x in byzantine_runs.FRACTIONS],
+  'Of clients that lie, for what is not yet in the result.',
+)
 _OUT = flags.DEFINE_string('out', 'experiments/results', 'Where results go.')
 _ALL = (*byzantine.ATTACKS, byzantine_runs.TURNCOAT)
 
@@ -106,20 +113,32 @@ def main(argv):
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   out = pathlib.Path(_OUT.value)
   out.mkdir(parents=True, exist_ok=True)
+  path = out / 'byzantine.json'
   result = {
-    'command': 'python -m experiments.byzantine --data_dir=DATA_DIR'
-    f' --jobs={_JOBS.value}',
+    'command': 'python -m experiments.byzantine --data_dir=DATA_DIR',
     'jax': jax.__version__,
     'python': platform.python_version(),
     'methods': byzantine_runs.METHODS,
     'aggregators': byzantine_runs.AGGREGATORS,
     'rows': [],
   }
-  for rows in byzantine_runs.run(_DATA_DIR.value, _SEEDS.value, _JOBS.value):
+  if path.exists():  # goes on
+    result['rows'] = json.loads(path.read_text())['rows']
+  done = {(row['method'], row['seed']) for row in result['rows']}
+  settings = [
+    byzantine_runs.Setting(
+      method, seed, _DATA_DIR.value, tuple(map(float, _FRACTIONS.value))
+    )
+    for seed in range(_SEEDS.value)
+    for method in byzantine_runs.METHODS
+    if (method, seed) not in done
+  ]
+  for rows in byzantine_runs.run(settings, _JOBS.value):
     result['rows'] += rows
-    result['summary'] = byzantine_runs.summarise(result['rows'])
-    write_json(out / 'byzantine.json', result)
+    write_json(path, result)
     print(f'{rows[0]["method"]}, seed {rows[0]["seed"]}: done', flush=True)
+  result['summary'] = byzantine_runs.summarise(result['rows'])
+  write_json(path, result)
   draw(result, out / 'byzantine.png')
   show(result)
 

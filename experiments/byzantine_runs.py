@@ -61,6 +61,7 @@ class Setting(NamedTuple):
   method: str
   seed: int
   data_dir: str
+  fractions: tuple[float, ...] = FRACTIONS
 
 
 class Job(NamedTuple):
@@ -71,7 +72,7 @@ class Job(NamedTuple):
   fraction: float
 
 
-def jobs(method: str) -> list[Job]:
+def jobs(method: str, fractions: Sequence[float]) -> list[Job]:
   """The runs of a method."""
   found = []
   for aggregator in AGGREGATORS[method]:
@@ -80,7 +81,8 @@ def jobs(method: str) -> list[Job]:
       attacks = (*attacks, TURNCOAT)
     if aggregator == 'oracle':  # liars are absent, whatever they send
       attacks = ('replay',)
-    fractions = (0.5,) if 'Dirichlet' in method else FRACTIONS
+    if 'Dirichlet' in method:
+      fractions = (0.5,)
     found.append(Job(aggregator, None, 0.0))
     found += [Job(aggregator, a, f) for a in attacks for f in fractions]
   return found
@@ -202,18 +204,13 @@ def execute(setting: Setting) -> list[dict[str, Any]]:
   """Makes the runs of a setting."""
   runs, rows = Runs(setting), []
   built = functools.cache(runs.built)
-  for job in jobs(setting.method):
+  for job in jobs(setting.method, setting.fractions):
     rows.append(runs.run(job, *built(job.aggregator)))
   return rows
 
 
-def run(data_dir: str, seeds: int, num_jobs: int) -> Iterator[list[dict]]:
+def run(settings: Sequence[Setting], num_jobs: int) -> Iterator[list[dict]]:
   """Makes all runs, a setting in a process of its own; yields its rows."""
-  settings = [
-    Setting(method, seed, data_dir)
-    for seed in range(seeds)
-    for method in METHODS
-  ]
   with concurrent.futures.ProcessPoolExecutor(
     num_jobs, multiprocessing.get_context('spawn'), max_tasks_per_child=1
   ) as pool:

@@ -214,7 +214,8 @@ def trimmed_mean(
   ordered, count = _sorted(values, weight)
   num_clients = values.shape[0]
   cuts = [math.floor(fraction * n) for n in range(num_clients + 1)]
-  cut = jnp.asarray(np.array(cuts, np.int32))[count]
+  cut = jnp.asarray(np.array(cuts, np.int32))[count][None]
+  count = count[None]
   place = jnp.arange(num_clients)[:, None]
   kept = (place >= cut) & (place < count - cut)
   left = (count - 2 * cut).astype(jnp.uint32)
@@ -242,7 +243,7 @@ def krum(
   rows = jnp.where(valid[:, None], values, 0.0)
   rows = jnp.clip(rows, -_LARGEST, _LARGEST)
   distance = jax.lax.map(
-    lambda row: jax.vmap(exact_norm.exact_norm)(rows - row), rows
+    lambda row: jax.vmap(exact_norm.exact_norm)(rows - row[None]), rows
   )
   distance = jnp.minimum(distance, 2.0**60)  # whose square is finite
   others = valid[None] & valid[:, None] & ~jnp.eye(len(order), dtype=bool)

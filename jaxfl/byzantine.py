@@ -14,6 +14,7 @@ every codec of `jaxfl.codecs`; what a code holds decides how large a lie can be.
 Messages without a code are float tensors, whose largest value is `LARGEST`.
 """
 
+import functools
 from collections.abc import Callable, Collection
 from typing import Any
 
@@ -49,6 +50,13 @@ def lie(attack: str, values: np.ndarray, round: int) -> np.ndarray:
   return values + _BIAS * np.sqrt(np.mean(np.square(values))) * signs
 
 
+@functools.cache
+def _both(codec: codecs.Codec, num_values: int):
+  """Programs that decode and encode stacked messages."""
+  decode = jax.jit(jax.vmap(lambda code: codec.decode(code, num_values)))
+  return decode, jax.jit(jax.vmap(codec.encode))
+
+
 def tamper(
   attack: str,
   liars: Collection[int],
@@ -72,10 +80,7 @@ def tamper(
   """
   checks.one_of('attack', attack, ATTACKS)
   first: dict[int, Any] = {}  # the messages that are sent again
-  decode = encode = None
-  if codec is not None:
-    decode = jax.jit(jax.vmap(lambda code: codec.decode(code, num_values)))
-    encode = jax.jit(jax.vmap(codec.encode))
+  decode, encode = (None, None) if codec is None else _both(codec, num_values)
 
   def values_of(messages):
     """Where messages have their code, if they are dicts."""

@@ -22,6 +22,7 @@ from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')  # names of functions
+_LARGEST = np.float32(2.0**100)  # whose inverse is a normal number
 
 Perturb = Callable[[jax.Array, jax.Array], jt.Params]  # direction, scale
 
@@ -235,6 +236,7 @@ def slope(
 def unit_length(claims: jax.Array) -> jax.Array:
   """c / |c|, float32[K], whatever their range; what is not finite is 0."""
   claims = jnp.where(jnp.isfinite(claims), claims, 0.0)
+  claims = jnp.clip(claims, -_LARGEST, _LARGEST)
   largest = jnp.max(jnp.abs(claims))
   scaled = claims / jnp.where(largest > 0, largest, 1.0)
   length = jnp.sqrt(jnp.sum(jnp.square(scaled)))
