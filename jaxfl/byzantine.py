@@ -46,7 +46,8 @@ def lie(attack: str, values: np.ndarray, round: int) -> np.ndarray:
     return np.where(values < 0, LARGEST, -LARGEST)
   if attack == 'constant':
     return np.full_like(values, _CONSTANT)
-  signs = np.random.default_rng(round).choice(np.float32([-1, 1]), values.shape)
+  both = np.array([-1, 1], np.float32)
+  signs = np.random.default_rng(round).choice(both, values.shape)
   return values + _BIAS * np.sqrt(np.mean(np.square(values))) * signs
 
 

@@ -6,10 +6,14 @@ a trusted minibatch must fall. One probe is two forward passes, however many
 scalars it checks: those of all messages of a client since its last probe, at
 most `WINDOW`, each scaled to length one (`estimators.slope`).
 
-    slope  = (L(w + mu v) - L(w - mu v)) / (2 mu)    v: what the client asks for
-    x      = slope / rms of the slopes of all clients
-    score  = sum decay**j x_j / sqrt(sum decay**2j)  over a client's probes
-    trust  = whole levels 0 .. 8 of score / 2        no probe, no trust
+    slope = (L(w + mu v) - L(w - mu v)) / (2 mu)    v: what the client asks for
+    x     = slope / rms of the slopes of all clients
+    score = sum_j s_j decay**j x_j / sqrt(sum_j (s_j decay**j)**2)
+    trust = whole levels, 0 at a score of 0.5 or below, 8 at 1.5; at first 0
+
+over the probes of a client, j back from the last one. s_j, the mean of x over
+trusted clients at that time, weighs probes by what they can tell, as slopes of
+honest clients become noise near a minimum.
 
 If messages have nothing to do with the loss, the score is about N(0, 1); it
 grows with the number of probes for honest clients, and falls for those that
@@ -52,7 +56,7 @@ _SCALE_DECAY = 0.9  # per round, of the mean square of slopes
 class Record:
   """What is known of a client: discounted sums over its probes."""
 
-  total: float = 0.0  # of -x, in terms of the module
+  total: float = 0.0  # of s x
   variance: float = 0.0  # of the total, if messages say nothing
   messages: int = 0
   waiting: list[Any] = dataclasses.field(default_factory=list)  # for a probe
@@ -125,9 +129,12 @@ class Trust:
       if value < 1:
         raise ValueError(f'{name} must be >= 1, got {value}')
     assert not callable(method.forwards)
-    claims = lambda state, message, party: (
-      lambda directions, c: (directions, estimators.unit_length(c), c)
-    )(*method.probe.claims(state, message, party))
+    read = method.probe.claims
+
+    def claims(state, message, party):
+      directions, claimed = read(state, message, party)
+      return directions, estimators.unit_length(claimed), claimed
+
     self._claims = jax.jit(jax.vmap(claims, (None, 0, 0)))
     self._slope = jax.jit(method.probe.slope)
     self._cost = method.probe.forwards
