@@ -71,7 +71,7 @@ def draw(result, path: pathlib.Path) -> None:
   from matplotlib import pyplot as plt
 
   cells = by_cell(result)
-  methods = [m for m in byzantine_runs.METHODS if 'Dirichlet' not in m]
+  methods = [m for m in byzantine_runs.METHODS if ',' not in m]
   figure, axes = plt.subplots(
     1, len(methods), figsize=(3.6 * len(methods), 3.8), sharey=True,
     layout='constrained',

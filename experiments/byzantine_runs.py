@@ -31,6 +31,9 @@ METHODS: dict[str, dict[str, Any]] = {
   'spsa': _SCALARS | {'num_perturbations': 4, 'learning_rate': 0.1},
   'fedkseed': _SCALARS | {'local_steps': 4, 'learning_rate': 0.025},
   'fed_avg': {'local_steps': 4, 'learning_rate': 1.0, 'num_rounds': 20},
+  'spsa, 300 rounds': _SCALARS
+  | {'method': 'spsa', 'num_perturbations': 4, 'num_rounds': 300}
+  | {'learning_rate': 0.05},
   'spsa, Dirichlet': _SCALARS
   | {'method': 'spsa', 'partition': 'dirichlet', 'num_perturbations': 4}
   | {'learning_rate': 0.1},
@@ -51,6 +54,7 @@ AGGREGATORS: dict[str, dict[str, dict[str, Any]]] = {
   'fedkseed': {'mean': {}, 'probe': {}, 'oracle': {}},
   'decomfl': _COMPARABLE | {'sign_vote': _SIGNS, 'probe': {}, 'oracle': {}},
   'fed_avg': _COMPARABLE | {'clip': {'clip_value': 1.0}, 'oracle': {}},
+  'spsa, 300 rounds': {'mean': {}, 'probe': {}, 'oracle': {}},
   'spsa, Dirichlet': {'mean': {}, 'probe': {}, 'oracle': {}},
 }
 
@@ -81,8 +85,9 @@ def jobs(method: str, fractions: Sequence[float]) -> list[Job]:
       attacks = (*attacks, TURNCOAT)
     if aggregator == 'oracle':  # liars are absent, whatever they send
       attacks = ('replay',)
-    if 'Dirichlet' in method:
+    if ',' in method:  # less of it
       fractions = (0.5,)
+      attacks = attacks if aggregator == 'probe' else ('replay',)
     found.append(Job(aggregator, None, 0.0))
     found += [Job(aggregator, a, f) for a in attacks for f in fractions]
   return found

@@ -45,7 +45,7 @@ from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 LEVELS = 8  # of trust
-MOST = 8.0  # times the usual size of a claim
+MOST = 4.0  # times the usual size of a claim
 WINDOW = 8  # messages of a probe
 _NONE, _FULL = 0.5, 1.5  # scores of no trust and of full trust
 _SIGNAL_RATE, _LEAST_SIGNAL = 0.1, 0.2
