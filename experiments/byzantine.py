@@ -96,7 +96,7 @@ def draw(result, path: pathlib.Path) -> None:
         for fraction in fractions
       ]
       axis.plot(
-        fractions, worst, 'o-', ms=4, lw=1.3, label=name.replace('_', ' '),
+        fractions, worst, marker='o', ms=4, lw=1.3, label=name.replace('_', ' '),
         color=f'C{names.index(name)}', ls='--' if name == 'oracle' else '-',
       )  # fmt: skip
     axis.set_title(method, fontsize=10)
