@@ -96,8 +96,8 @@ def draw(result, path: pathlib.Path) -> None:
         for fraction in fractions
       ]
       axis.plot(
-        fractions, worst, marker='o', ms=4, lw=1.3, label=name.replace('_', ' '),
-        color=f'C{names.index(name)}', ls='--' if name == 'oracle' else '-',
+        fractions, worst, marker='o', ms=4, lw=1.3,
+        label=name.replace('_', ' '), color=f'C{names.index(name)}', ls='--' if name == 'oracle' else '-',
       )  # fmt: skip
     axis.set_title(method, fontsize=10)
     axis.set_xlabel('fraction of clients that lie')
