@@ -97,7 +97,8 @@ def draw(result, path: pathlib.Path) -> None:
       ]
       axis.plot(
         fractions, worst, marker='o', ms=4, lw=1.3,
-        label=name.replace('_', ' '), color=f'C{names.index(name)}', ls='--' if name == 'oracle' else '-',
+        label=name.replace('_', ' '), color=f'C{names.index(name)}',
+        ls='--' if name == 'oracle' else '-',
       )  # fmt: skip
     axis.set_title(method, fontsize=10)
     axis.set_xlabel('fraction of clients that lie')
