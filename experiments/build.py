@@ -10,7 +10,7 @@ import optax
 from experiments import plans, problem
 from experiments.config import Config, UsageError
 from experiments.plans import NumExamples
-from jaxfl import keys, private_scalars, schedules
+from jaxfl import aggregate, keys, private_scalars, schedules
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl.methods import (
@@ -62,7 +62,29 @@ def _zeroth_order(config: Config) -> dict[str, Any]:
     'in_layers': _form(config),
     'forwards_at_once': config.forwards_at_once,
     'num_rounds': config.num_rounds,
+    'aggregator': _aggregator(config),
   }
+
+
+def _aggregator(config: Config) -> aggregate.Aggregator:
+  """How the values of clients are merged.
+
+  Raises:
+    ValueError: if a round can't have enough clients for it.
+  """
+  present = round(config.participation_rate * config.num_clients)
+  least = 2 * config.num_byzantine + 3
+  if 'krum' in config.aggregator and present < least:
+    raise ValueError(
+      f'num_byzantine {config.num_byzantine} needs {least} clients in a round'
+      f' for aggregator {config.aggregator}; there are {present}'
+    )
+  return aggregate.Aggregator(
+    name=config.aggregator,
+    trim_fraction=config.trim_fraction,
+    num_byzantine=config.num_byzantine,
+    clip_value=config.clip_value,
+  )
 
 
 def _form(config: Config) -> str | None:
@@ -164,6 +186,7 @@ def _fed_avg(
     client_optimizer=_client_optimizer(config),
     server_optimizer=_server_optimizer(config, _filled(config.server_lr)),
     local_steps=_filled(config.local_steps),
+    aggregator=_aggregator(config),
   )
 
 
@@ -189,6 +212,7 @@ def _ferret(
     distribution=config.distribution,
     max_block_size=config.max_block_size,
     num_rounds=config.num_rounds,
+    aggregator=_aggregator(config),
     **server,
   )
 
@@ -279,7 +303,10 @@ def _diff2(
   )
 
 
-_ZEROTH_ORDER = frozenset(
+_AGGREGATOR = frozenset(
+  {'aggregator', 'trim_fraction', 'num_byzantine', 'clip_value'}
+)
+_ZEROTH_ORDER = _AGGREGATOR | frozenset(
   {'schedule', 'warmup_rounds', 'mu', 'mu_schedule', 'codec', 'codec_scale'}
   | {'distribution', 'forward_dtype', 'in_layers', 'forwards_at_once'}
 )
@@ -292,7 +319,7 @@ _FEDKSEED = _ZEROTH_ORDER | {
 _DECOMFL = _ZEROTH_ORDER | {
   'num_perturbations', 'local_steps', 'sides', 'weights'
 }  # fmt: skip
-_FED = frozenset(
+_FED = _AGGREGATOR | frozenset(
   {'local_steps', 'server_lr', 'server_momentum', 'weight_decay'}
   | {'client_optimizer', 'server_optimizer'}
 )

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxfl import (
+  aggregate,
   allocation,
   codecs,
   estimators,
@@ -193,6 +194,24 @@ class Config:
   max_block_size: int = _setting(
     1 << 14, 'Entries of a block; larger tensors are cut.'
   )
+  # clients that may lie: spsa, fedkseed, decomfl, ferret, fed_avg, fed_sgd
+  aggregator: str = _setting(
+    'mean',
+    'How values of clients are merged: mean; sign_vote (not ferret); where they'
+    ' are comparable (decomfl, fed_avg, fed_sgd) also median, trimmed_mean,'
+    ' krum and multi_krum.',
+  )
+  trim_fraction: float = _setting(
+    0.25, 'Of a trimmed mean: what it leaves out on either side.'
+  )
+  num_byzantine: int = _setting(
+    1, 'Clients that may lie, for krum and multi_krum.'
+  )
+  clip_value: float | None = _setting(
+    None,
+    'Bound of a value; for fed_avg and fed_sgd of the norm of a client, for'
+    ' ferret of that of a block. Of a sign vote: the size of a step.',
+  )
   # private: dp_gd, dp_sgd, diff2, dp_sketch; spsa, fedkseed with epsilon_dp
   epsilon_dp: float | None = _setting(
     None,
@@ -244,6 +263,7 @@ class Config:
 
 
 _CHOICES = {
+  'aggregator': aggregate.NAMES,
   'weighting': ('uniform', 'examples'),
   'schedule': schedules.NAMES,
   'mu_schedule': schedules.NAMES,
@@ -273,11 +293,11 @@ _POSITIVE = (
     'lora_alpha', 'dirichlet_alpha', 'labels_per_client', 'eval_batch_size',
     'max_new_tokens', 'num_seeds', 'coordinates', 'max_block_size',
     'clip_norm', 'clip_norm_diff', 'restart_interval', 'microbatch_size',
-    'hidden_units',
+    'hidden_units', 'clip_value',
 )  # fmt: skip
 _NOT_NEGATIVE = (
     'warmup_rounds', 'weight_decay', 'seed', 'eval_examples', 'min_examples',
-    'generate_examples',
+    'generate_examples', 'num_byzantine',
 )  # fmt: skip
 _BELOW_ONE = ('dropout_rate', 'server_momentum')
 
@@ -352,6 +372,10 @@ def _check(config: Config):
       f'participation_rate must be in (0, 1], got {config.participation_rate}:'
       f' it is a share of the {config.num_clients} clients, and no more can be'
       ' sampled than exist'
+    )
+  if not 0 <= config.trim_fraction < 0.5:
+    raise UsageError(
+      f'trim_fraction must be in [0, 0.5), got {config.trim_fraction}'
     )
   if config.seed >= 2**64:
     raise UsageError(f'seed must be below 2**64, got {config.seed}')

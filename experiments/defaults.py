@@ -12,6 +12,7 @@ _PRIVATE_SCALARS = frozenset(
 _NOT_PRIVATE = frozenset({'sides', 'codec_scale', 'forwards_at_once'})
 
 _LORA = ('adapter', ('lora',))
+_KRUM = ('aggregator', ('krum', 'multi_krum'))
 # settings that are read only where another one has some value
 _NEEDS = {
   'lora_rank': _LORA,
@@ -19,6 +20,9 @@ _NEEDS = {
   'lora_targets': _LORA,
   'dirichlet_alpha': ('partition', ('dirichlet',)),
   'labels_per_client': ('partition', ('label',)),
+  'trim_fraction': ('aggregator', ('trimmed_mean',)),
+  'num_byzantine': _KRUM,
+  'clip_value': ('aggregator', ('mean', 'sign_vote')),
   'partition_column': ('partition', ('dirichlet', 'label', 'column')),
 }
 

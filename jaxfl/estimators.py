@@ -15,11 +15,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxfl import checks, lazy, perturb
+from jaxfl import checks, lazy, perturb, schedules
+from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
 SIDES = ('two_sided', 'one_sided')  # names of functions
+_LARGEST = np.float32(2.0**100)  # whose inverse is a normal number
 
 Perturb = Callable[[jax.Array, jax.Array], jt.Params]  # direction, scale
 
@@ -181,3 +184,84 @@ def one_sided(
     return (loss_fn(perturbed(direction, mu), batch) - base) / mu
 
   return _map(estimate, directions, passes.at_once), base
+
+
+def slope(
+  loss_fn: jt.LossFn,
+  params: jt.Params,
+  directions: jax.Array,
+  claims: jax.Array,
+  batch: jt.Batch,
+  mu: jax.Array,
+  *,
+  distribution: str,
+  dtype: str | None,
+) -> jax.Array:
+  """Checks claimed projected gradients c_k all at once, by two forward passes.
+
+  Along v = sum_k c_k z_k / |c| the loss rises by sum_k c_k g_k / |c|, where g_k
+  are the projected gradients of this batch: |c| if they are those claimed, and
+  as likely negative as positive if they have nothing to do with each other.
+
+  Args:
+    loss_fn: params, batch -> float[].
+    params: pytree of floating-point arrays.
+    directions: uint32[K, ...].
+    claims: float32[K]; what is not finite counts as 0.
+    batch: one minibatch.
+    mu: float32[], perturbation radius.
+    distribution: of the directions, see `perturb`.
+    dtype: in which the loss sees the params; None for their own.
+
+  Returns:
+    (L(w + mu v) - L(w - mu v)) / (2 mu), float32[]; 0 if all claims are.
+  """
+  unit = unit_length(claims)
+
+  def loss_at(radius):
+    def move(params, x):
+      direction, part = x
+      moved = perturb.perturb(
+        params, direction, radius * part, distribution=distribution
+      )
+      return moved, None
+
+    moved = jax.lax.scan(move, params, (directions, unit))[0]
+    return loss_fn(lazy.cast(moved, dtype), batch)
+
+  plus, minus = loss_at(mu), loss_at(-mu)
+  return (plus - minus) / (2.0 * mu)
+
+
+def unit_length(claims: jax.Array) -> jax.Array:
+  """c / |c|, float32[K], whatever their range; what is not finite is 0."""
+  claims = jnp.where(jnp.isfinite(claims), claims, 0.0)
+  claims = jnp.clip(claims, -_LARGEST, _LARGEST)
+  largest = jnp.max(jnp.abs(claims))
+  scaled = claims / jnp.where(largest > 0, largest, 1.0)
+  length = jnp.sqrt(jnp.sum(jnp.square(scaled)))
+  return scaled / jnp.where(length > 0, length, 1.0)
+
+
+def probe(
+  loss_fn: jt.LossFn,
+  claims: Callable[..., tuple[jax.Array, jax.Array]],
+  mu_table: np.ndarray,
+  distribution: str,
+  dtype: str | None,
+) -> method_lib.Probe:
+  """The probe of a method of projected gradients, from its `claims`."""
+
+  def along(params, directions, claimed, batch, round):
+    return slope(
+      loss_fn,
+      params,
+      directions,
+      claimed,
+      batch,
+      schedules.at(mu_table, round),
+      distribution=distribution,
+      dtype=dtype,
+    )
+
+  return method_lib.Probe(claims, along, forwards=2)

@@ -44,6 +44,23 @@ class Release(NamedTuple):
   like: Callable[[jt.Params], jt.Message]
 
 
+class Probe(NamedTuple):
+  """How somebody with examples of their own checks what a client claims.
+
+  Attributes:
+    claims: state, message, party -> directions uint32[K, ...] and projected
+      gradients float32[K] along them, as decoded; state is that of the round.
+    slope: params, directions [N, ...], claims [N], minibatch, round ->
+      float32[]: how the loss rises along them, see `estimators.slope`. They may
+      be those of several messages.
+    forwards: forward passes of `slope`, each over the minibatch.
+  """
+
+  claims: Callable[[Any, jt.Message, Party], tuple[jax.Array, jax.Array]]
+  slope: Callable[..., jax.Array]
+  forwards: int
+
+
 class Method(NamedTuple):
   """Pure functions that make up a method, and what a round of it costs.
 
@@ -82,6 +99,7 @@ class Method(NamedTuple):
       `example_weight`, 0 for what fills up.
     values: message -> float32[K], what it says in numbers, for those that want
       to know whether it says anything; None if it says it itself.
+    probe: of a method whose messages are projected gradients; see `probe`.
     turn: round, ids int32[C] -> the ids of those that act in it, all but for
       methods whose clients take turns.
   """
@@ -103,6 +121,7 @@ class Method(NamedTuple):
   release: Release | None = None
   prepare: Callable[..., jt.Batch] | None = None
   values: Callable[[jt.Message], jax.Array] | None = None
+  probe: Probe | None = None
   turn: Callable[[int, np.ndarray], np.ndarray] = lambda round, ids: ids
 
   @property

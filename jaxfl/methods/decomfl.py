@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import (
+  aggregate,
   checks,
   codecs,
   estimators,
-  grid,
   keys,
   master,
   perturb,
@@ -67,6 +67,7 @@ def decomfl(
   in_layers: str | None = None,
   forwards_at_once: int = 1,
   num_rounds: int | None = None,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds DeComFL.
 
@@ -87,6 +88,7 @@ def decomfl(
       weights are perturbed layer by layer, see `estimators.perturber`.
     forwards_at_once: see `estimators.passes`.
     num_rounds: length of the schedules; needed with functions of the round.
+    aggregator: how scalars of clients are merged, see `aggregate`; the mean.
 
   Returns:
     A `Method`. A message is the code of float32[K P]; down go float32[K P].
@@ -126,6 +128,7 @@ def decomfl(
     len(lr_table),
     'learning_rate / num_perturbations',
   )
+  merge = (aggregator or aggregate.Aggregator()).merge
   estimate = getattr(estimators, sides)
 
   def directions_of(round):
@@ -162,17 +165,16 @@ def decomfl(
     key = keys.stream(keys.fold(root, party.id, party.round), 'codec')
     return code.encode(g.reshape(-1), key), local, {'loss': losses.mean()}
 
+  def claims(state, message, party):
+    """See `method.Probe`."""
+    del state  # Unused.
+    return directions_of(party.round), code.decode(message, num_scalars)
+
   @jax.jit
   def mean(messages, cohort):
-    """float32[K P]: the mean by weight of what is finite, in order of ids."""
+    """float32[K P]: the mean, or what the aggregator makes of them."""
     g = jax.vmap(lambda m: code.decode(m, num_scalars))(messages)
-    present = jnp.asarray(cohort.weight)[:, None]
-    weight = jnp.where(jnp.isfinite(g), present, 0.0)
-    part = jax.vmap(method_lib.fractions, in_axes=1, out_axes=1)(weight)
-    terms = grid.shrink(jnp.where(weight > 0, g, 0.0), part)
-    in_order = terms[jnp.argsort(jnp.asarray(cohort.id))]
-    add = lambda total, term: (total + term, None)
-    return jax.lax.scan(add, jnp.zeros(num_scalars), in_order)[0]
+    return merge(g, cohort.weight, cohort.id)
 
   def follow(state, down):
     held = master.Master(state.params, state.exponents, state.overflow)
@@ -206,4 +208,7 @@ def decomfl(
     projected_grads=num_scalars,
     check=lambda state: master.check(state.overflow),
     values=lambda message: code.decode(message, num_scalars),
+    probe=estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
+    ),
   )

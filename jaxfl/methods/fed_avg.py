@@ -17,8 +17,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from jaxfl import aggregate
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
@@ -37,6 +39,7 @@ def fed_avg(
   client_optimizer: optax.GradientTransformation,
   server_optimizer: optax.GradientTransformation | None = None,
   local_steps: int = 1,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds FedAvg with any optax optimizers.
 
@@ -45,6 +48,8 @@ def fed_avg(
     client_optimizer: starts afresh in every round.
     server_optimizer: takes the mean delta as its gradient; default sgd(1.0).
     local_steps: steps of a client in a round, each on its own minibatch.
+    aggregator: how deltas are merged, entry by entry, or by `krum` as vectors;
+      default their mean. `clip_value` bounds the norm of a delta.
 
   Returns:
     A `Method` whose message is a pytree like the parameters.
@@ -55,6 +60,7 @@ def fed_avg(
   if local_steps < 1:
     raise ValueError(f'local_steps must be >= 1, got {local_steps}')
   server_opt = server_optimizer or optax.sgd(1.0)
+  aggregator = aggregator or aggregate.Aggregator()
 
   def init(params):
     params = jax.tree.map(jnp.asarray, params)
@@ -74,8 +80,24 @@ def fed_avg(
     delta = jax.tree.map(jnp.subtract, state.params, params)
     return delta, local, {'loss': losses.mean()}
 
+  def robust(messages, cohort):
+    """As `weighted_mean`, by the aggregator; all entries are one vector."""
+    leaves, treedef = jax.tree.flatten(messages)
+    rows = [x.reshape(len(x), -1).astype(jnp.float32) for x in leaves]
+    values = jnp.concatenate(rows, axis=1)
+    finite = jnp.all(jnp.isfinite(values), axis=1)
+    weight = jnp.where(finite, jnp.asarray(cohort.weight), 0.0)
+    merged = aggregator.merge(values, weight, cohort.id, vectors=True)
+    ends = np.cumsum([row.shape[1] for row in rows])[:-1]
+    parts = [
+      part.reshape(x.shape[1:]).astype(x.dtype)
+      for part, x in zip(jnp.split(merged, ends), leaves, strict=True)
+    ]
+    return treedef.unflatten(parts), jnp.any(weight > 0)
+
   def server(state, messages, cohort):
-    delta, accepted = method_lib.weighted_mean(messages, cohort)
+    merge = method_lib.weighted_mean if aggregator.plain else robust
+    delta, accepted = merge(messages, cohort)
     updates, opt_state = server_opt.update(delta, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
     # A round in which nobody contributed changes nothing but its number.

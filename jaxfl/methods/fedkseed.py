@@ -41,6 +41,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import (
+  aggregate,
   codecs,
   estimators,
   grid,
@@ -97,6 +98,7 @@ def fedkseed(
   forwards_at_once: int = 1,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds FedKSeed, or FedKSeed-Pro.
 
@@ -125,6 +127,8 @@ def fedkseed(
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
       made by `Method.prepare`. Every local step is over all examples.
+    aggregator: rules for one client at a time: `mean`, with or without
+      `clip_value`, or `sign_vote`, one vote per client; see `aggregate`.
 
   Returns:
     A `Method`. A message is the code of float32[local_steps], or {'indices':
@@ -149,6 +153,8 @@ def fedkseed(
     raise ValueError(
       'importance_weight is for FedKSeed-Pro: others draw evenly'
     )
+  aggregator = aggregator or aggregate.Aggregator()
+  aggregator.check_own_directions('fedkseed')
   hide = None
   if privacy is None:
     code = codecs.codec(codec, scale=codec_scale)
@@ -267,6 +273,15 @@ def fedkseed(
       message = {'indices': indices, 'projected_grads': message}
     return message, local, {'loss': losses.mean()}
 
+  def claims(state, message, party):
+    """See `method.Probe`; as if all were measured where the steps start."""
+    indices = draw(state, party.id, party.round)
+    if send_indices:
+      indices = message['indices'].astype(jnp.int32)
+      message = message['projected_grads']
+    g = code.decode(message, local_steps)
+    return pool.directions(root, indices, distribution), g
+
   def server(state, messages, cohort):
     if send_indices:
       indices = messages['indices'].astype(jnp.int32)
@@ -278,7 +293,8 @@ def fedkseed(
     accepted = jnp.isfinite(g) & (cohort.weight > 0)[:, None]
     accepted &= indices < num_seeds
     indices = jnp.minimum(indices, num_seeds - 1)
-    rho = method_lib.fractions(jnp.where(accepted.any(1), cohort.weight, 0.0))
+    g, present = aggregator.limit(g, cohort.weight)
+    rho = method_lib.fractions(jnp.where(accepted.any(1), present, 0.0))
     # products only, each rounded once: the same bits on every device
     lr = schedules.at(lr_table, state.round)
     moves = -(lr * jnp.where(accepted, g, 0.0)) * rho[:, None]
@@ -403,6 +419,11 @@ def fedkseed(
     prepare=hide and hide.prepare,
     values=lambda message: code.decode(
       message['projected_grads'] if send_indices else message, local_steps
+    ),
+    probe=None
+    if hide
+    else estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
     ),
   )
 

@@ -34,10 +34,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
-from jaxfl import allocation as allocation_lib
 from jaxfl import (
+  aggregate,
   blocks,
   checks,
   codecs,
@@ -48,6 +49,7 @@ from jaxfl import (
   pool,
   schedules,
 )
+from jaxfl import allocation as allocation_lib
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 
@@ -80,6 +82,7 @@ def ferret(
   distribution: str = 'rademacher',
   max_block_size: int = 1 << 14,
   num_rounds: int | None = None,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds Ferret.
 
@@ -105,6 +108,8 @@ def ferret(
     max_block_size: entries of a block; larger tensors are cut. A coordinate
       costs this much to compute, a block two bytes.
     num_rounds: length of the schedule, needed if there is one.
+    aggregator: `mean`, with or without a `clip_value`, the bound of the norm of
+      a block; coordinates in its units are then at most 4. See `aggregate`.
 
   Returns:
     A `Method`. Messages are `{'coordinates', 'norms'}`: codes, and one
@@ -124,6 +129,8 @@ def ferret(
     raise ValueError(f'max_block_size must be >= 64, got {max_block_size}')
   if server_optimizer is not None and server_lr != 1.0:
     raise ValueError('server_lr does not apply to a server_optimizer')
+  aggregator = aggregator or aggregate.Aggregator()
+  aggregator.check_own_directions('ferret', signs=False)
   lr_table = schedules.table(server_lr, num_rounds, 'server_lr')
   if not (lr_table > 0).any():
     raise ValueError(f'server_lr must be > 0, got {lr_table.max()}')
@@ -189,6 +196,9 @@ def ferret(
     valid = present & jnp.all(in_range) & jnp.all(jnp.isfinite(g))
     norms = jnp.where(valid, norms, 0.0)
     counts = allocation_lib.counts(norms, factors, coordinates)
+    if aggregator.clip_value is not None:
+      norms = jnp.minimum(norms, np.float32(aggregator.clip_value))
+      g = aggregate.clip_entries(g, _RANGE)
     # products only, each rounded once: the same bits on every device
     one_by_k = method_lib.quotients(
       jnp.minimum(counts, 1).astype(jnp.uint32), counts.astype(jnp.uint32)

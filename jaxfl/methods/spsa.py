@@ -34,6 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import (
+  aggregate,
   checks,
   codecs,
   estimators,
@@ -77,6 +78,7 @@ def spsa(
   forwards_at_once: int = 1,
   num_rounds: int | None = None,
   privacy: private_scalars.Settings | None = None,
+  aggregator: aggregate.Aggregator | None = None,
 ) -> method_lib.Method:
   """Builds one-byte SPSA.
 
@@ -103,6 +105,8 @@ def spsa(
     privacy: how clients hide their examples; `codec` is then one of
       `private_scalars.CODECS`, whose range follows from it, and `batches` are
       made by `Method.prepare`.
+    aggregator: rules for one client at a time: `mean`, with or without
+      `clip_value`, or `sign_vote`, one vote per client; see `aggregate`.
 
   Returns:
     A `Method`. Messages are integer or float32 arrays, see `codecs.codec`.
@@ -116,6 +120,8 @@ def spsa(
   checks.one_of('distribution', distribution, perturb.DISTRIBUTIONS)
   if num_perturbations < 1:
     raise ValueError(f'num_perturbations must be >= 1, got {num_perturbations}')
+  aggregator = aggregator or aggregate.Aggregator()
+  aggregator.check_own_directions('spsa')
   hide = None
   if privacy is None:
     code = codecs.codec(codec, scale=codec_scale)
@@ -196,11 +202,19 @@ def spsa(
     message = code.encode(projected_grads.astype(jnp.float32), key)
     return message, local, {'loss': loss}
 
+  def claims(state, message, party):
+    """See `method.Probe`."""
+    del state  # Unused.
+    return directions_of(party.id, party.round), code.decode(
+      message, num_perturbations
+    )
+
   def server(state, messages, cohort):
     decode = lambda m: code.decode(m, num_perturbations)
     g = jax.vmap(decode)(messages)  # float32[C, K]
     accepted = jnp.isfinite(g) & (cohort.weight > 0)[:, None]
-    weight = jnp.where(accepted, cohort.weight[:, None], 0.0)
+    g, present = aggregator.limit(g, cohort.weight)
+    weight = jnp.where(accepted, present[:, None], 0.0)
     if scaling == 'mean':
       part = method_lib.fractions(weight)
     else:
@@ -240,4 +254,9 @@ def spsa(
     check=lambda state: master.check(state.overflow),
     values=lambda message: code.decode(message, num_perturbations),
     prepare=hide and hide.prepare,
+    probe=None
+    if hide
+    else estimators.probe(
+      loss_fn, claims, mu_table, distribution, forward_dtype
+    ),
   )

@@ -215,6 +215,8 @@ def simulate(
   block_size: int = 1,
   programs: Programs | None = None,
   noise: Any = None,
+  tamper: Callable[..., jt.Message] | None = None,
+  trust: Callable[..., np.ndarray] | None = None,
 ) -> Iterator[Round]:
   """Runs rounds `first_round .. num_rounds - 1` and yields after each.
 
@@ -234,16 +236,24 @@ def simulate(
     programs: from `compile_method(method)`, to share compiled programs, or
       from `mesh.compile_method(method, mesh)`, to run on a mesh.
     noise: a `jaxfl.noise.NoiseKey`, for a method with a release.
+    tamper: round, ids, messages -> messages; what clients send in place of
+      their messages, see `byzantine`.
+    trust: state, messages, cohort -> weights, float32[C] of whole numbers, in
+      place of the cohort's; they go to the log. See `probe`. It sees rounds
+      from the log too, whose weights stand.
 
   Yields:
     A `Round` each.
 
   Raises:
     FloatingPointError: when `method.check` reports an error.
-    ValueError: for a population that `check_population` refuses, if a client's
-      batches lack the leading axis, or those of a block can't be stacked.
+    ValueError: for a population that `check_population` refuses, for `trust` in
+      a release, if a client's batches lack the leading axis, or those of a
+      block can't be stacked.
   """
   check_population(method, population)
+  if trust is not None and method.release is not None:
+    raise ValueError('trust is for methods without a release')
   if block_size < 1:
     raise ValueError(f'block_size must be >= 1, got {block_size}')
   checked = lambda round, client: _check_batches(
@@ -276,6 +286,8 @@ def simulate(
       messages, loss = record.messages, None
     else:  # nobody has them any more
       messages, loss = _zeros(like, len(ids)), None
+    if tamper is not None and record is None:
+      messages = tamper(round, ids, messages)
     senders = len(ids)
     messages, bytes_up = _transmit(messages, ids, like)
     weights = population.weight_of(ids)
@@ -288,7 +300,11 @@ def simulate(
       ids, weights = np.zeros(1, np.int32), np.ones(1, np.float32)
     if record is not None:
       messages, ids, weights = record.messages, record.ids, record.weights
-    elif log is not None:
+    if trust is not None:
+      parties = method_lib.Party(ids, np.int32(round), weights)
+      judged = trust(state, messages, parties)
+      weights = judged if record is None else weights
+    if log is not None and record is None:
       log.append(round, ids, weights, messages)
     cohort = method_lib.Party(ids, np.int32(round), weights)
     if method.receivers == 'returning':
