@@ -60,8 +60,7 @@ def test_one_client_ends_where_its_local_steps_end():
     batch = jax.tree.map(lambda x, k=k: x[k], batches)
     for p in range(4):
       plus, minus = (
-        table.loss_fn(moved(w, z[k, p], sign * 1e-2), batch)
-        for sign in (1, -1)
+        table.loss_fn(moved(w, z[k, p], sign * 1e-2), batch) for sign in (1, -1)
       )
       assert float(plus - minus) / 2e-2 == pytest.approx(g[k, p], abs=2e-3)
     for p in range(4):
