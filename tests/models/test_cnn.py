@@ -9,7 +9,6 @@ from jaxfl import keys, objectives
 from jaxfl.models import cnn, initializers
 
 KEY = jax.random.key(0, impl='threefry2x32')
-init = jax.jit(cnn.init, static_argnums=(1, 2))
 
 
 def numpy_logits(params, images):
@@ -41,7 +40,7 @@ def numpy_logits(params, images):
 
 @pytest.fixture(scope='module')
 def params():
-  return init(KEY, (28, 28), 10)
+  return cnn.init(KEY, (28, 28), 10)
 
 
 def test_the_network_of_the_paper_has_28938_parameters(params):
@@ -59,7 +58,7 @@ def test_the_network_of_the_paper_has_28938_parameters(params):
 
 @pytest.fixture(scope='module')
 def small():
-  return init(KEY, (9, 12), 3)
+  return cnn.init(KEY, (9, 12), 3)
 
 
 def test_logits_equal_numpy(small):
