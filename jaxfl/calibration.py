@@ -21,8 +21,6 @@ import functools
 import math
 from collections.abc import Callable
 
-from scipy import optimize
-
 from jaxfl import accounting, checks, events, gdp
 from jaxfl import plan as plan_lib
 from jaxfl.plan import Plan
@@ -302,6 +300,8 @@ def _smallest(
   step: float = 0.02,
 ) -> float:
   """The smallest noise, to 0.1 %, whose cost is at most the target."""
+  from scipy import optimize  # half a second, for few runs only
+
   excess = functools.cache(lambda log: cost(math.exp(log)) - target)
   low = high = math.log(guess)
   while excess(high) > 0:

@@ -16,7 +16,7 @@ References:
 from collections.abc import Callable
 
 import numpy as np
-from scipy import optimize, special
+from scipy import special
 
 
 def delta_of(mu: float, epsilon: float) -> float:
@@ -48,6 +48,8 @@ def mu_of(epsilon: float, delta: float) -> float:
 
 
 def _root(function: Callable[[float], float], high: float) -> float:
+  from scipy import optimize  # half a second, for few runs only
+
   result = optimize.root_scalar(
     function, bracket=(0.0, high), method='brentq', xtol=1e-14, rtol=1e-12
   )

@@ -127,7 +127,7 @@ def test_walsh_directions_in_boxes():
 @pytest.mark.parametrize(
   ('name', 'distribution'),
   [
-    ('decoder', 'rank4'),
+    pytest.param('decoder', 'rank4', marks=SLOW),
     ('odd', 'rademacher'),
     pytest.param('encoder', 'popcount16', marks=SLOW),
   ],

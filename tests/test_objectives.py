@@ -43,15 +43,20 @@ ENCODER = Config(
   pool='mean',
 )
 
+init = jax.jit(transformer.init, static_argnums=0)
+# op by op they take longer to compile
+logits_of = jax.jit(transformer.logits, static_argnums=0)
+token_log_probs = jax.jit(objectives.token_log_probs, static_argnums=0)
+
 
 @pytest.fixture(scope='module')
 def decoder():
-  return transformer.init(DECODER, jax.random.key(0))
+  return init(DECODER, jax.random.key(0))
 
 
 @pytest.fixture(scope='module')
 def encoder():
-  return transformer.init(ENCODER, jax.random.key(1))
+  return init(ENCODER, jax.random.key(1))
 
 
 def pad(rows, length, fill=0):
@@ -66,7 +71,7 @@ def pad(rows, length, fill=0):
 
 def log_probs(params, row):
   """float64[len(row) - 1], the log-probability of every next token."""
-  logits = transformer.logits(DECODER, params, np.array([row[:-1]]))
+  logits = logits_of(DECODER, params, np.array([row[:-1]]))
   logits = np.asarray(logits, np.float64)[0]
   logits -= logits.max(-1, keepdims=True)
   logits -= np.log(np.exp(logits).sum(-1, keepdims=True))
@@ -76,7 +81,7 @@ def log_probs(params, row):
 def test_token_log_probs_ignore_padding(decoder):
   rows = [[3, 5, 7, 2, 9], [4, 1, 8]]
   tokens, mask = pad(rows, 7, fill=11)
-  got, hits = objectives.token_log_probs(DECODER, decoder, tokens, mask)
+  got, hits = token_log_probs(DECODER, decoder, tokens, mask)
   for i, row in enumerate(rows):
     want = log_probs(decoder, row)
     np.testing.assert_allclose(got[i, : len(want)], want, atol=2e-6)
@@ -88,9 +93,11 @@ def test_words_read_one_position(decoder):
   tokens, mask = pad(rows, 6)
   scores = objectives.class_scores(DECODER, 'words', label_ids=(6, 2, 20))
   position = np.array([4, 2])
-  got = scores(decoder, {'tokens': tokens, 'mask': mask, 'position': position})
+  got = jax.jit(scores)(
+    decoder, {'tokens': tokens, 'mask': mask, 'position': position}
+  )
   for i, row in enumerate(rows):
-    logits = transformer.logits(DECODER, decoder, np.array([row]))[0, -1]
+    logits = logits_of(DECODER, decoder, np.array([row]))[0, -1]
     np.testing.assert_allclose(got[i], logits[np.array([6, 2, 20])], atol=2e-6)
 
 
@@ -112,7 +119,7 @@ def test_candidates_are_scored_by_their_own_tokens(decoder, normalised):
   scores = objectives.class_scores(
     DECODER, 'candidates', length_normalised=normalised
   )
-  got = np.asarray(scores(decoder, batch))[0]
+  got = np.asarray(jax.jit(scores)(decoder, batch))[0]
   for i, answer in enumerate(answers[:2]):
     want = log_probs(decoder, prompt + answer)[2:].sum()
     want = want / len(answer) if normalised else want
@@ -124,9 +131,9 @@ def test_head_and_features(encoder):
   tokens, mask = pad([[3, 5, 7, 2], [4, 1]], 6)
   types = np.zeros_like(tokens)
   types[0, 2:4] = 1
-  scores = objectives.class_scores(ENCODER, 'head')
+  scores = jax.jit(objectives.class_scores(ENCODER, 'head'))
   got = scores(encoder, {'tokens': tokens, 'mask': mask, 'types': types})
-  alone = transformer.logits(ENCODER, encoder, np.array([[4, 1]]))
+  alone = logits_of(ENCODER, encoder, np.array([[4, 1]]))
   np.testing.assert_allclose(got[1], alone[0], atol=2e-6)
   plain = scores(encoder, {'tokens': tokens, 'mask': mask})
   assert np.abs(plain[0] - got[0]).max() > 1e-3  # segments count
@@ -168,10 +175,11 @@ def test_lm_loss_counts_the_response_only(decoder):
   batch = {'tokens': tokens, 'mask': mask, 'weights': weights}
   parts = [log_probs(decoder, rows[0])[2:], log_probs(decoder, rows[1])[1:]]
   want = -np.concatenate(parts).mean()
-  got = objectives.lm_loss(DECODER)(decoder, batch)
+  loss_fn = jax.jit(objectives.lm_loss(DECODER))
+  got = loss_fn(decoder, batch)
   np.testing.assert_allclose(got, want, atol=2e-6)
   filler = batch | {'example_weight': np.array([1.0, 0.0], np.float32)}
-  got = objectives.lm_loss(DECODER)(decoder, filler)
+  got = loss_fn(decoder, filler)
   np.testing.assert_allclose(got, -parts[0].mean(), atol=2e-6)
 
 

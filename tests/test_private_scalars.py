@@ -133,8 +133,15 @@ def test_a_loud_code_is_cut_to_its_byte():
   assert sent.max() == 127
 
 
-@pytest.mark.parametrize('name', ['spsa', 'fedkseed'])
-@pytest.mark.parametrize('codec', ['linear8', 'float32'])
+@pytest.mark.parametrize(
+  ('name', 'codec'),
+  [
+    ('spsa', 'linear8'),
+    ('spsa', 'float32'),
+    ('fedkseed', 'linear8'),
+    pytest.param('fedkseed', 'float32', marks=pytest.mark.slow),
+  ],
+)
 def test_learns_and_counts(name, codec):
   law = 'gaussian' if codec == 'float32' else 'discrete_gaussian'
   plan = plan_lib.ScalarPlan(60, 4, 0.7, law)

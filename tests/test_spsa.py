@@ -1,5 +1,7 @@
 """SPSA: predicted moments, exactness, and defects seen in other code."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -32,13 +34,20 @@ def linear(slope):
   return lambda params, batch: jnp.vdot(params['w'], slope)
 
 
+@functools.cache
+def programs(method):
+  """Client and server: traced once, however many rounds there are."""
+  client = jax.jit(jax.vmap(method.client, (None, None, None, 0)))
+  return client, jax.jit(method.server)
+
+
 def run_round(method, state, ids, batch=None):
   """One round of parties that share a batch; the new state and messages."""
   cohort = cohort_of(ids, int(state.round))
   batches = batch or {'x': np.zeros((method.num_batches, 1), np.float32)}
-  client = jax.jit(jax.vmap(method.client, (None, None, None, 0)))
+  client, server = programs(method)
   messages, _, _ = client(state, (), batches, cohort)
-  return jax.jit(method.server)(state, messages, cohort), messages
+  return server(state, messages, cohort), messages
 
 
 @pytest.mark.parametrize('distribution', perturb.DISTRIBUTIONS)

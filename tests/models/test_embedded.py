@@ -9,6 +9,7 @@ from jaxfl import objectives
 from jaxfl.models import native, transformer
 
 CONFIG = native.byte_config(num_layers=3, model_dim=16, num_heads=2, mlp_dim=24)
+logits_of = jax.jit(transformer.logits, static_argnums=0)
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +71,7 @@ def _numpy_logits(config, params, tokens):
 
 
 def test_logits_equal_numpy(params, tokens):
-  logits = transformer.logits(CONFIG, params, tokens)
+  logits = logits_of(CONFIG, params, tokens)
   assert (logits.shape, logits.dtype) == ((2, 8, 256), jnp.float32)
   want = _numpy_logits(CONFIG, params, tokens)
   np.testing.assert_allclose(logits, want, atol=1e-5, rtol=1e-5)
@@ -83,16 +84,14 @@ def test_losses_equal_numpy(params, tokens):
   logs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
   bytes_ = -np.take_along_axis(logs, tokens[:, 1:, None].astype(int), 2)[..., 0]
   batch = {'tokens': tokens, 'weights': weights}
-  loss = objectives.lm_loss(CONFIG)(params, batch)
+  loss = jax.jit(objectives.lm_loss(CONFIG))(params, batch)
   np.testing.assert_allclose(loss, (bytes_ * weights).sum() / 10, rtol=1e-5)
 
 
 def test_later_bytes_do_not_matter(params, tokens):
   changed = tokens.copy()
   changed[:, 5] += 1
-  before, after = (
-    transformer.logits(CONFIG, params, x) for x in (tokens, changed)
-  )
+  before, after = (logits_of(CONFIG, params, x) for x in (tokens, changed))
   np.testing.assert_array_equal(before[:, :5], after[:, :5])
   assert (before[:, 5:] != after[:, 5:]).any(axis=-1).all()
 
@@ -141,8 +140,8 @@ def test_embedded_logits_are_those_of_the_training_code():
   assert config == native.byte_config()
   assert transformer.num_params(params) == 820_608
   tokens = np.frombuffer(SNIPPET.encode(), np.uint8)[None, :193]
-  logits = transformer.logits(config, params, tokens[:, :-1])[0]
+  logits = logits_of(config, params, tokens[:, :-1])[0]
   for (position, byte), want in GOLDEN.items():
     np.testing.assert_allclose(logits[position, ord(byte)], want, atol=5e-5)
-  loss = objectives.lm_loss(config)(params, {'tokens': tokens})
+  loss = jax.jit(objectives.lm_loss(config))(params, {'tokens': tokens})
   np.testing.assert_allclose(loss, 1.503577, rtol=1e-5)
