@@ -264,7 +264,9 @@ class _Office:
       found = self._names.sender(said)
       if found is not None:
         last = await self._js.get_last_msg(name, said)
-        self._book.hello(found[1], last.data or b'', time.monotonic())
+        reason = self._book.hello(found[1], last.data or b'', time.monotonic())
+        if reason is not None:
+          logging.warning('client %d: hello refused: %s', found[1], reason)
     # what they said after `self._read` is read again
 
   async def _listen(self, reader, wait_s):

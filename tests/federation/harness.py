@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -62,6 +63,7 @@ class Toy:
   min_clients: int | None = None
   quorum: int | None = None
   digest_every: int = 4
+  pause_s: float = 0.0  # before every message
   credentials: object = None  # user -> path
   urls: dict = dataclasses.field(default_factory=dict)  # by client
   statuses: list = dataclasses.field(default_factory=list)
@@ -111,6 +113,11 @@ class Toy:
     method, compiled = programs(self.case)
     one = lambda tree: jax.tree.map(lambda x: np.asarray(x)[None], tree)
     first = lambda tree: jax.tree.map(lambda x: x[0], tree)
+
+    def batches(round):
+      time.sleep(self.pause_s)
+      return table.batch_fn(method.num_batches)(round, number)
+
     fields = {
       'names': NAMES,
       'client': number,
@@ -120,9 +127,7 @@ class Toy:
       'run_client': lambda state, *rest: first(
         compiled.client(state, *map(one, rest))
       ),
-      'batch_fn': lambda round: table.batch_fn(method.num_batches)(
-        round, number
-      ),
+      'batch_fn': batches,
       'num_rounds': self.num_rounds,
       'pipeline': self.pipeline,
       'digest_every': self.digest_every,
