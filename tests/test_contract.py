@@ -108,7 +108,22 @@ def header(method):
   )
 
 
-@CASES
+# converge as another case of their method does; in all other tests here
+ALIKE = {
+  'spsa-sign1', 'spsa-sum-popcount16', 'spsa-rank4', 'spsa-gaussian',
+  'spsa-256', 'fedkseed-sent', 'fedkseed-schedule-decay',
+  'fedkseed-pro-weighted', 'decomfl-one-sided', 'ferret-schedule',
+  'ferret-adam-server',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name in ALIKE))
+    for name in table.CASES
+  ],
+)
 def test_quadratic_converges(name):
   case = table.CASES[name]
   rounds = run(built(name), 60, **EVERYBODY, dropout_rate=0.0, noise=0.0)

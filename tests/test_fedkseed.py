@@ -49,7 +49,14 @@ def pool_of(num_seeds, distribution='rademacher'):
   return pool.directions(ROOT, np.arange(num_seeds), distribution)
 
 
-@pytest.mark.parametrize('distribution', pool.DISTRIBUTIONS)
+# other ranks than 4 differ in shapes alone
+ONE_RANK = [
+  pytest.param(name, marks=[pytest.mark.slow] * (name in ('rank1', 'rank16')))
+  for name in pool.DISTRIBUTIONS
+]
+
+
+@pytest.mark.parametrize('distribution', ONE_RANK)
 def test_rebuild_equals_the_sequence_of_steps(distribution):
   rng = np.random.default_rng(0)
   shapes = {'small': (3, 5), 'ragged': (70, 131)}  # without and with blocks

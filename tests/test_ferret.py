@@ -171,7 +171,13 @@ def test_delta_is_that_of_any_client_optimizer():
 
 @pytest.mark.parametrize(
   ('distribution', 'codec'),
-  [*((d, 'sign1') for d in blocks.DISTRIBUTIONS), ('rademacher', 'linear8')],
+  [
+    ('rademacher', 'sign1'),
+    ('walsh', 'sign1'),
+    pytest.param('popcount16', 'sign1', marks=pytest.mark.slow),
+    pytest.param('gaussian', 'sign1', marks=pytest.mark.slow),
+    pytest.param('rademacher', 'linear8', marks=pytest.mark.slow),
+  ],
 )
 def test_slope_is_one(distribution, codec):
   """<rec, delta> = |delta|^2; its deviation over 80,000 slots is 0.005."""

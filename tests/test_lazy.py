@@ -90,7 +90,11 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize(
   ('name', 'distribution'),
-  [('decoder', 'rademacher'), ('odd', 'popcount16'), ('encoder', 'rank4')],
+  [
+    ('decoder', 'rademacher'),
+    pytest.param('odd', 'popcount16', marks=SLOW),
+    ('encoder', 'rank4'),
+  ],
 )
 def test_every_parameter_has_the_bits_of_perturb(name, distribution):
   params, _ = model(name)
@@ -228,7 +232,9 @@ def sized(num_layers):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize(('form', 'at_once'), [('temporary', 1), ('split', 2)])
+@pytest.mark.parametrize(
+  ('form', 'at_once'), [('temporary', 1), pytest.param('split', 2, marks=SLOW)]
+)
 def test_memory_and_program_do_not_grow_with_the_layers(form, at_once):
   layer = 4 * (4 * 128 * 128 + 2 * 128 * 512)  # bytes
   few, many = (compiled(sized(n), form, at_once) for n in (2, 16))

@@ -286,7 +286,15 @@ def meshes():
     yield Mesh(devices[: rows * cols].reshape(rows, cols), ('r', 'c'))
 
 
-@pytest.mark.parametrize('shape', [(512, 16), (24, 40), (2, 64, 24)], ids=str)
+@pytest.mark.parametrize(
+  'shape',
+  [
+    (2, 64, 24),
+    pytest.param((512, 16), marks=pytest.mark.slow),
+    pytest.param((24, 40), marks=pytest.mark.slow),
+  ],
+  ids=str,
+)
 def test_sharding_does_not_change_the_bits(shape):
   ds = directions(2)
   w = grid_weights(shape, 10)

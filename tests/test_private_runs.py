@@ -141,7 +141,9 @@ PRIVATE = {
 @pytest.mark.parametrize(
   'name',
   [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == 'fedkseed'))
+    pytest.param(
+      name, marks=[pytest.mark.slow] * (name in ('fedkseed', 'local steps'))
+    )
     for name in OTHERS
   ],
 )
