@@ -130,6 +130,7 @@ def test_a_run_learns_and_replays(folder, tmp_path):
   assert digest.digest(params) == summary['digest']
 
 
+@pytest.mark.slow
 def test_a_zeroth_order_run_on_accuracy_replays(folder, tmp_path):
   config = config_of(
     folder, num_perturbations=2, objective='accuracy', model='cnn',

@@ -10,6 +10,7 @@ from jaxfl.models import native
 from tests.test_experiments import SMALL, environment, launch  # noqa: F401
 
 
+@pytest.mark.slow
 def test_pretrained_models_can_be_fine_tuned(environment, tmp_path):  # noqa: F811
   books = tmp_path / 'data' / 'standard_ebooks'
   books.mkdir(parents=True)

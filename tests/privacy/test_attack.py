@@ -150,6 +150,7 @@ def test_victims_are_no_public_pictures(pictures):
   assert set(pictures.public_labels) == set(range(10))
 
 
+@pytest.mark.slow
 def test_a_table_of_two_rows():
   settings = table.Settings(seeds=2, large_batch=2, restarts=1, steps=8)
   chosen = [wires.dense(), wires.dp_gd(3.0)]
