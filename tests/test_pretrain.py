@@ -5,6 +5,7 @@ import hashlib
 import json
 
 import numpy as np
+import pytest
 
 from jaxfl.models import native
 from tests.test_experiments import SMALL, environment, launch  # noqa: F401
