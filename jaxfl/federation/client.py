@@ -35,6 +35,7 @@ from jaxfl.federation.replica import (
 from jaxfl.federation.snapshots import Snapshots
 
 _REMEMBERED = 8  # digests that may still be compared
+_LAST_S = 15.0  # for the last comparison of digests
 _SILENCE_S = 30.0  # without a record, after which everything is said again
 
 
@@ -177,6 +178,9 @@ class _Follower:
           if self._refused is not None:
             raise Refused(f'the coordinator refuses it: {self._refused}')
         await asyncio.gather(*self._sending)
+        until = time.monotonic() + _LAST_S
+        while site.num_rounds in self._digests and time.monotonic() < until:
+          await self._drain(reader, wait=True)
       finally:
         for task in self._sending:
           task.cancel()

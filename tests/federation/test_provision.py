@@ -112,6 +112,9 @@ def test_other_hosts_get_another_certificate_of_the_same_authority(tmp_path):
   assert made.new_certificate
   assert (tmp_path / 'ca.pem').read_bytes() == ca
   assert names() == ['b.example.org', 'localhost', '127.0.0.1']
+  made = provision.provision(tmp_path, 'run', 2)  # who says none, keeps them
+  assert not made.new_certificate
+  assert names() == ['b.example.org', 'localhost', '127.0.0.1']
 
 
 def test_settings_are_in_the_configuration(tmp_path):
