@@ -130,13 +130,7 @@ def test_digests_are_those_of_the_simulator(num_devices):
   assert programs.server.jitted._cache_size() == 1
 
 
-@pytest.mark.parametrize(
-  'name',
-  [
-    pytest.param(name, marks=[pytest.mark.slow] * (name == 'decomfl'))
-    for name in CASES
-  ],
-)
+@pytest.mark.parametrize('name', CASES)
 def test_only_messages_cross(name):
   """All that moves between devices in a run, from the compiled programs."""
   method, mesh = built(name), mesh_lib.make(8)

@@ -25,6 +25,7 @@ from jaxfl.runtime import simulate
 # what everybody must have alike, besides what the method reads
 _SHARED = frozenset(
   {'method', 'seed', 'num_rounds', 'num_clients', 'batch_size', 'weighting'}
+  | {'learning_rate'}
   | {'adapter', 'lora_rank', 'lora_alpha', 'lora_targets', 'dtype'}
   | {'frozen_digest'}
 )
