@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from jaxfl import digest, log, log_format, wire
+from jaxfl import digest, log, wire
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl.federation import records
@@ -210,11 +210,6 @@ def parse_snapshot(name: str | None) -> tuple[int, str] | None:
   if not round.isdecimal() or len(digest) != DIGITS:
     return None
   return int(round), digest
-
-
-def encode_header(header: log.Header) -> bytes:
-  """The header's message."""
-  return log_format.encode_header(header)
 
 
 def as_party(client: int, round: int) -> method_lib.Party:
