@@ -23,7 +23,11 @@ from absl import app, flags, logging
 
 from experiments import setting_flags
 from experiments.config import UsageError
-from experiments.federation import local, provisioning, roles
+
+try:
+  from experiments.federation import local, provisioning, roles
+except ModuleNotFoundError as missing:
+  sys.exit(f"error: {missing}; install it with pip install -e '.[federation]'")
 
 flags.adopt_module_key_flags(setting_flags)
 _ROLE = flags.DEFINE_enum(
