@@ -149,8 +149,10 @@ def load_base(
     ValueError: if it is missing, damaged, or another base.
   """
   path = pathlib.Path(directory).absolute()
+  # told where to put them, Orbax doesn't ask for the devices they were saved on
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   shapes = {
-    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    name: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype), sharding=here)
     for name, dtype, shape in spec
   }
   try:

@@ -109,3 +109,17 @@ def test_base_of_any_tree_comes_back_by_path(tmp_path):
   )
   np.testing.assert_array_equal(found['l/10'], params['l'][10])
   assert [p.name for p in tmp_path.iterdir()] == ['base']
+
+
+def test_base_written_on_a_device_that_is_not_here(tmp_path):
+  """Orbax records where arrays were, and asks for these devices again."""
+  params = {'w': jnp.arange(6.0)}
+  checkpoint.save_base(tmp_path / 'base', params)
+  record = tmp_path / 'base' / '_sharding'
+  device = str(jax.devices()[0])
+  assert device in record.read_text()
+  record.write_text(record.read_text().replace(device, 'cuda:0'))
+  found = checkpoint.load_base(
+    tmp_path / 'base', wire.describe(params), digest.digest(params)
+  )
+  np.testing.assert_array_equal(found['w'], params['w'])
