@@ -36,8 +36,9 @@ import numpy as np
 from jaxfl import checks, keys, perturb
 from jaxfl import typing as jt
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  api,
   tiles,
-  walsh,  # pyright: ignore[reportMissingImports]
+  walsh,
   xla,
 )
 
@@ -185,7 +186,9 @@ def project(
       )
     else:
       field = _field(directions, path, x, distribution)
-      out += tiles.project(x, field.keys, plan, distribution=field.distribution)
+      out += api.project(
+        x, field.keys, distribution=field.distribution, plan=plan
+      )
   return out
 
 
@@ -233,8 +236,12 @@ def reconstruct(
     else:
       field = _field(packed.directions, path, x, distribution)
       plan = _plan(blocks, mine, packed.spans)
-      new = tiles.add(
-        x, field.keys, packed.values, plan, distribution=field.distribution
+      new = api.add(
+        x,
+        field.keys,
+        packed.values,
+        distribution=field.distribution,
+        plan=plan,
       )
     leaves[path] = new.reshape(leaves[path].shape)
   return jax.tree.structure(like).unflatten(leaves.values())
@@ -297,13 +304,13 @@ def add_units(
       new, fits = walsh.add_parties_units(x, scale, *parties)
     else:
       field = _field(packed.directions, path, x, distribution)
-      new, fits = tiles.add_units(
+      new, fits = api.add_units(
         x,
         scale,
         field.keys,
         packed.values,
-        _plan(blocks, mine, packed.spans),
         distribution=field.distribution,
+        plan=_plan(blocks, mine, packed.spans),
       )
     overflow |= ~fits | jnp.any(too_large[np.array(mine, int)])
     return new.reshape(w.shape), overflow

@@ -394,15 +394,11 @@ def replay_pool(
   def leaf(path, w, unit, e):
     *scale, overflow = checks.grid_scale(path, w, e)
     numbers = np.arange(walsh.num_pools(len(unit)))
-    x, fits = walsh.add_units(
-      w.reshape(xla.view(w.shape)),
-      scale,
-      walsh_keys(pool, numbers, path),
-      walsh.by_pool(unit),
-      looped=api.choose(None, w.dtype, 'rademacher') == 'xla_tiles',
+    new, fits = api.add_pools(
+      w, scale, walsh_keys(pool, numbers, path), walsh.by_pool(unit)
     )
     overflow |= ~fits | tiles.sum_exceeds(unit, LARGEST['walsh'])
-    return x.reshape(w.shape), overflow
+    return new, overflow
 
   units = treedef.flatten_up_to(units)
   exponents = treedef.flatten_up_to(exponents)

@@ -17,7 +17,6 @@ kernel with the offset of the shard.) A name insists: a ValueError says why it
 can't be.
 """
 
-import functools
 import importlib
 
 import jax
@@ -27,6 +26,7 @@ from jax import custom_batching
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   lowrank,
   tiles,
+  walsh,
   xla,
 )
 
@@ -101,39 +101,55 @@ def choose(implementation: str | None, dtype, distribution: str) -> str:
   return implementation
 
 
-def _whole(x, count, name):
-  """The array and the plan for `count` directions on all of it.
+def _plan(x, count, name, plan):
+  """The array, and the plan for `count` directions, on all of it if None.
 
   Without tiles the array keeps its shape and so, under GSPMD, its sharding.
   """
+  if plan is not None:
+    return x, plan
   tiled = name == 'xla_tiles'
   if tiled:
     x = x.reshape(xla.view(x.shape))
   return x, tiles.Plan([((0, 0), x.shape)], np.array([[0, count]]), tiled)
 
 
-def _kernel(name, function, x, *args):
+def _kernel(name, function, plan, x, *args):
   """A function of a Pallas module, imported only now, on the view of `x`.
 
   A kernel fills the device, so that under `vmap` they run one by one.
   """
   module = importlib.import_module(f'jaxfl.kernels.{name}')
-  run = custom_batching.sequential_vmap(getattr(module, function))
-  return run(x.reshape(xla.view(x.shape)), *args)
+
+  def run(spans, x, *args):
+    if plan is None:
+      return getattr(module, function)(x, *args)
+    mine = plan._replace(spans=spans)
+    return getattr(module, function)(x, *args, plan=mine)
+
+  spans = jnp.zeros((0, 2), jnp.int32) if plan is None else plan.spans
+  view = x.reshape(xla.view(x.shape))
+  return custom_batching.sequential_vmap(run)(jnp.asarray(spans), view, *args)
 
 
-def _uses_kernel(name, x, keys):
-  return name.startswith('mosaic') and x.size and len(keys)
+def _uses_kernel(name, x, keys, plan):
+  if not name.startswith('mosaic') or not (x.size and len(keys)):
+    return False
+  if plan is None:
+    return True
+  module = importlib.import_module(f'jaxfl.kernels.{name}')
+  return hasattr(module, 'fits') and module.fits(plan, x.shape)
 
 
-def add(w, keys, scales, *, distribution, implementation=None):
+def add(w, keys, scales, *, distribution, plan=None, implementation=None):
   """`w + scales[k] * z_k` for a whole tensor, in order.
 
   Args:
-    w: float[...].
+    w: float[...]; the (R, C) view if there is a plan.
     keys: uint32[K, 2], leaf keys.
     scales: float32[K].
     distribution: one of `xla.DISTRIBUTIONS` or `lowrank.RANKS`.
+    plan: a `tiles.Plan`, which says what to add where; not for low rank.
     implementation: see above; for 'gaussian' None is 'xla'.
 
   Returns:
@@ -145,24 +161,28 @@ def add(w, keys, scales, *, distribution, implementation=None):
   if implementation is None and distribution == 'gaussian':
     implementation = 'xla'  # tiles would change last bits
   name = choose(implementation, w.dtype, distribution)
-  if _uses_kernel(name, w, keys):
-    return _kernel(name, 'add', w, keys, scales).reshape(w.shape)
+  if _uses_kernel(name, w, keys, plan):
+    return _kernel(name, 'add', plan, w, keys, scales).reshape(w.shape)
   if distribution in lowrank.RANKS:
     return lowrank.replay(w, keys, scales, distribution=distribution)
-  x, plan = _whole(w, len(keys), name)
+  x, plan = _plan(w, len(keys), name, plan)
   x = tiles.add(x, keys, scales, plan, distribution=distribution)
   return x.reshape(w.shape)
 
 
-def add_units(w, scale, keys, units, *, distribution, implementation=None):
+def add_units(
+  w, scale, keys, units, *, distribution, plan=None, implementation=None
+):
   """Grid weights plus `units[k] * Z_k` grid steps, for a whole tensor.
 
   Args:
-    w: float32[...], multiples of 1 / scale[0] below `tiles.LIMIT` of them.
+    w: float32[...], multiples of 1 / scale[0] below `tiles.LIMIT` of them; the
+      (R, C) view if there is a plan.
     scale: a power of two and its inverse, float32[] each.
     keys: uint32[K, 2], leaf keys.
     units: int32[K].
     distribution: a key of `xla.LARGEST` or `lowrank.RANKS`.
+    plan: as for `add`.
     implementation: see above.
 
   Returns:
@@ -172,30 +192,56 @@ def add_units(w, scale, keys, units, *, distribution, implementation=None):
     ValueError: if the implementation can't be used.
   """
   name = choose(implementation, w.dtype, distribution)
-  if _uses_kernel(name, w, keys):
-    run = functools.partial(_kernel, name, 'add')
-    return tiles.on_grid(
-      w, scale, lambda total: run(total, keys, units).reshape(w.shape), False
-    )
+  if _uses_kernel(name, w, keys, plan):
+    x, fits = _kernel(name, 'add_units', plan, w, tuple(scale), keys, units)
+    return x.reshape(w.shape), fits
   if distribution in lowrank.RANKS:
     total = lambda old: lowrank.add_units(
       old, keys, units, distribution=distribution
     )
     return tiles.on_grid(w, scale, total, False)
-  x, plan = _whole(w, len(keys), name)
+  x, plan = _plan(w, len(keys), name, plan)
   x, fits = tiles.add_units(
     x, scale, keys, units, plan, distribution=distribution
   )
   return x.reshape(w.shape), fits
 
 
-def project(x, keys, *, distribution, implementation=None):
+def add_pools(w, scale, keys, units):
+  """Grid weights plus all directions of Walsh pools; exact.
+
+  Args:
+    w: float32[...], not small, multiples of 1 / scale[0].
+    scale: a power of two and its inverse, float32[] each.
+    keys: uint32[P, 4], of P pools.
+    units: int32[P, 4096]; ask `tiles.sum_exceeds`.
+
+  Returns:
+    An array like `w`, and bool[]: all entries were and are on the grid.
+  """
+  name = choose(None, w.dtype, 'rademacher')
+  if name == 'mosaic_gpu':
+    args = w, tuple(scale), keys, units
+    x, fits = _kernel('mosaic_gpu_walsh', 'add_pools', None, *args)
+  else:
+    x, fits = walsh.add_units(
+      w.reshape(xla.view(w.shape)),
+      scale,
+      keys,
+      units,
+      looped=name == 'xla_tiles',
+    )
+  return x.reshape(w.shape), fits
+
+
+def project(x, keys, *, distribution, plan=None, implementation=None):
   """The inner products `<z_k, x>` of a whole tensor.
 
   Args:
-    x: float[...].
+    x: float[...]; the (R, C) view if there is a plan.
     keys: uint32[K, 2], leaf keys.
     distribution: one of `xla.DISTRIBUTIONS` or `lowrank.RANKS`.
+    plan: a `tiles.Plan`, as `tiles.project` has it; not for low rank.
     implementation: see above.
 
   Returns:
@@ -205,9 +251,9 @@ def project(x, keys, *, distribution, implementation=None):
     ValueError: if the implementation can't be used.
   """
   name = choose(implementation, x.dtype, distribution)
-  if _uses_kernel(name, x, keys):
-    return _kernel(name, 'project', x, keys)
+  if _uses_kernel(name, x, keys, plan):
+    return _kernel(name, 'project', plan, x, keys)
   if distribution in lowrank.RANKS:
     return lowrank.project(x, keys, distribution=distribution)
-  x, plan = _whole(x, len(keys), name)
+  x, plan = _plan(x, len(keys), name, plan)
   return tiles.project(x, keys, plan, distribution=distribution)

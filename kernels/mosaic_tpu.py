@@ -18,7 +18,10 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxfl.kernels import signs  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
+  signs,
+  tiles,
+)
 
 _ROWS = 512  # of a tile: its hashes fill 8 sublanes
 _COLS = 256
@@ -119,6 +122,25 @@ def add(w, keys, amounts, offset=(0, 0), *, block=None, interpret=False):
     interpret=interpret,
     name='jaxfl_add',
   )(_offset(offset), chunks, w)
+
+
+def add_units(w, scale, keys, units, offset=(0, 0), *, interpret=False):
+  """Grid weights plus `units[k] * Z_k` grid steps.
+
+  Args:
+    w: float32[R, C], not empty, multiples of 1 / scale[0] below `tiles.LIMIT`.
+    scale: a power of two and its inverse, float32[] each.
+    keys: uint32[K, 2], leaf keys; K > 0.
+    units: int32[K].
+    offset: as for `add`.
+    interpret: run without a TPU.
+
+  Returns:
+    An array like `w`, and bool[], as `tiles.add_units` has them.
+  """
+  kwargs = {'interpret': True} if interpret else {}
+  total = lambda old: add(old, keys, units, offset, **kwargs)
+  return tiles.on_grid(w, scale, total, False)
 
 
 def _chunks(*rows):

@@ -223,6 +223,31 @@ def add_units(w, scale, keys, units, plan, *, distribution):
   return fold(visit, (w, jnp.ones((), bool)), plan)
 
 
+def _magnitude(units):
+  """uint32[...], of int32[...]."""
+  bits = lax.bitcast_convert_type(units, jnp.uint32)
+  return jnp.where(units < 0, ~bits + np.uint32(1), bits)
+
+
+def span_totals(units: jax.Array, spans) -> jax.Array:
+  """int32[n]: sums of |units| over spans; `LIMIT` stands for that and more.
+
+  Args:
+    units: int32[M], fewer than 2**20.
+    spans: int[n, 2], as those of a `Plan`.
+  """
+
+  def over(x):
+    ends = jnp.pad(jnp.cumsum(x, dtype=jnp.uint32), (1, 0))  # modulo 2**32
+    return ends[spans[:, 1]] - ends[spans[:, 0]]
+
+  top, half = np.uint32(LIMIT), np.uint32(12)
+  magnitude = jnp.minimum(_magnitude(units), top)
+  high = jnp.minimum(over(magnitude >> half), top >> half) << half
+  low = jnp.minimum(over(magnitude & np.uint32((1 << 12) - 1)), top)
+  return jnp.minimum(high + low, top).astype(jnp.int32)
+
+
 def sum_exceeds(units: jax.Array, largest: int) -> jax.Array:
   """bool[...]: a sum of such units and a weight might leave int32.
 
@@ -234,10 +259,8 @@ def sum_exceeds(units: jax.Array, largest: int) -> jax.Array:
   """
   limit = (2**31 - 1 - LIMIT) // largest
   top = np.uint32(limit + 1)
-  bits = lax.bitcast_convert_type(units, jnp.uint32)
-  magnitude = jnp.where(units < 0, ~bits + np.uint32(1), bits)
   total = lax.reduce(
-    jnp.minimum(magnitude, top),
+    jnp.minimum(_magnitude(units), top),
     np.uint32(0),
     lambda x, y: jnp.minimum(x + y, top),
     (units.ndim - 1,),
