@@ -40,7 +40,9 @@ from jax.experimental import topologies
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   arg_specs,
   mosaic_gpu,
+  mosaic_gpu_walsh,
   mosaic_tpu,
+  walsh,
   xla,
 )
 
@@ -80,16 +82,30 @@ dnn_version_info { major: 9 minor: 10 }
 device_description_str: "H100"
 """
 
+_FLOATS = (jnp.float32, jnp.bfloat16)
+_FUNCTIONS = {  # by platform: a function and the types of its tensors
+  'tpu': [
+    (mosaic_tpu.add, (*_FLOATS, jnp.int32)),
+    (mosaic_tpu.add_units, _FLOATS[:1]),
+    (mosaic_tpu.project, _FLOATS),
+  ],
+  'cuda': [
+    (mosaic_gpu.add, (*_FLOATS, jnp.int32)),
+    (mosaic_gpu.add_units, _FLOATS[:1]),
+    (mosaic_gpu.project, _FLOATS),
+    (mosaic_gpu_walsh.add_pools, _FLOATS[:1]),
+  ],
+}
 TARGETS = {
-  'v5e': (mosaic_tpu, {'platform': 'tpu', 'topology_name': 'v5e:2x2'}),
-  'v6e': (mosaic_tpu, {'platform': 'tpu', 'topology_name': 'v6e:2x2'}),
-  'sm_90a': (
-    mosaic_gpu,
-    {'platform': 'cuda', 'target_config': _H100, 'topology': '1x1x1'},
-  ),
+  'v5e': {'platform': 'tpu', 'topology_name': 'v5e:2x2'},
+  'v6e': {'platform': 'tpu', 'topology_name': 'v6e:2x2'},
+  'sm_90a': {
+    'platform': 'cuda',
+    'target_config': _H100,
+    'topology': '1x1x1',
+  },
 }
 COUNT = 4096  # directions
-_TYPES = (jnp.float32, jnp.bfloat16, jnp.int32)
 
 
 def device(target: dict):
@@ -103,12 +119,23 @@ def device(target: dict):
 
 def arguments(operation: str, shape, dtype, sharding) -> list:
   """Types of the arguments of a kernel for `COUNT` directions."""
-  spec = lambda *args: jax.ShapeDtypeStruct(*args, sharding=sharding)
-  args = [spec(xla.view(shape), dtype), spec((COUNT, 2), jnp.uint32)]
-  if operation == 'add':
-    amounts = jnp.int32 if dtype == jnp.int32 else jnp.float32
-    args.append(spec((COUNT,), amounts))
-  return args
+
+  def spec(shape, dtype=jnp.uint32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  w, keys = spec(xla.view(shape), dtype), spec((COUNT, 2))
+  scale = (spec((), jnp.float32),) * 2
+  units = spec((COUNT,), jnp.int32)
+  return {
+    'add': [
+      w,
+      keys,
+      units if dtype == jnp.int32 else spec((COUNT,), jnp.float32),
+    ],
+    'project': [w, keys],
+    'add_units': [w, scale, keys, units],
+    'add_pools': [w, scale, spec((1, 4)), spec((1, COUNT), jnp.int32)],
+  }[operation]
 
 
 def assembler_report(folder: pathlib.Path) -> dict[str, int]:
@@ -127,12 +154,13 @@ def assembler_report(folder: pathlib.Path) -> dict[str, int]:
   }
 
 
-def compile_one(module, operation: str, shape, dtype, sharding) -> dict:
-  """Compiles a kernel; what `add` works on is donated."""
+def compile_one(function, shape, dtype, sharding) -> dict:
+  """Compiles a kernel; what it updates is donated."""
   # an equal kernel would be taken from the memory, without a report
   jax.clear_caches()
-  donated = 0 if operation == 'add' else ()
-  jitted = jax.jit(getattr(module, operation), donate_argnums=donated)
+  operation = function.__name__
+  donated = () if operation == 'project' else 0
+  jitted = jax.jit(function, donate_argnums=donated)
   start = time.perf_counter()
   lowered = jitted.lower(*arguments(operation, shape, dtype, sharding))
   compiled = lowered.compile()
@@ -149,27 +177,28 @@ def compile_one(module, operation: str, shape, dtype, sharding) -> dict:
 def compile_all(folder: pathlib.Path) -> tuple[list[dict], dict[str, str]]:
   """All rows, and why targets were skipped."""
   rows, skipped = [], {}
-  for target, (module, description) in TARGETS.items():
+  for target, description in TARGETS.items():
     try:
       sharding = jax.sharding.SingleDeviceSharding(device(description))
     except ValueError as error:
       skipped[target] = str(error)
       continue
-    for (name, shape), dtype, operation in itertools.product(
-      arg_specs.SHAPES.items(), _TYPES, ('add', 'project')
-    ):
-      if operation == 'project' and dtype == jnp.int32:
-        continue
-      row = {
-        'target': target,
-        'operation': operation,
-        'shape': name,
-        'type': jnp.dtype(dtype).name,
-        **compile_one(module, operation, shape, dtype, sharding),
-        **assembler_report(folder),
-      }
-      print(*row.values(), flush=True)
-      rows.append(row)
+    for function, types in _FUNCTIONS[description['platform']]:
+      for (name, shape), dtype in itertools.product(
+        arg_specs.SHAPES.items(), types
+      ):
+        if function is mosaic_gpu_walsh.add_pools and walsh.is_small(shape):
+          continue
+        row = {
+          'target': target,
+          'operation': function.__name__,
+          'shape': name,
+          'type': jnp.dtype(dtype).name,
+          **compile_one(function, shape, dtype, sharding),
+          **assembler_report(folder),
+        }
+        print(*row.values(), flush=True)
+        rows.append(row)
   return rows, skipped
 
 

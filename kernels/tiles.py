@@ -239,6 +239,7 @@ def span_totals(units: jax.Array, spans) -> jax.Array:
 
   def over(x):
     ends = jnp.pad(jnp.cumsum(x, dtype=jnp.uint32), (1, 0))  # modulo 2**32
+    ends = lax.optimization_barrier(ends)  # not once per use: takes a minute
     return ends[spans[:, 1]] - ends[spans[:, 0]]
 
   top, half = np.uint32(LIMIT), np.uint32(12)
