@@ -63,7 +63,7 @@ def in_place(update, state, interpret):
   return pl.run_state(update)(state)  # `vmap` can't have the other kind of Ref
 
 
-def _columns(interpret):
+def columns(interpret):
   """uint32[128]: the columns of a tile, one for each thread."""
   col = lax.broadcasted_iota(jnp.uint32, (COLS,), 0)
   if interpret:
@@ -135,7 +135,7 @@ class Tile:
     first = offset[0] + self.row.astype(jnp.uint32)
     self.group = first // np.uint32(signs.GROUP)
     self.col = offset[1] + self.left.astype(jnp.uint32)
-    self._cols = _columns(interpret) + self.col
+    self._cols = columns(interpret) + self.col
 
   def words(self, keys, at):
     """(word, shift) of every row under the key at keys[at]."""

@@ -93,11 +93,11 @@ def test_the_same_name_twice_is_refused():
 
 
 def test_a_floor_is_memory_or_operations():
-  lanes = floors.lanes()
+  size = floors.sizes()
   measured = {
     ('x', 'w + c'): [1.0, 2.0],  # two passes; the best counts
-    ('core', 'hash'): [floors.HASHES * lanes / 64],  # 1 / 64 s each
-    ('core', 'sign'): [floors.SIGNS * lanes / 4],  # 1 / 4 s each
+    ('core', 'hash'): [size.hashes * size.lanes / 64],  # 1 / 64 s each
+    ('core', 'sign'): [size.signs * size.lanes / 4],  # 1 / 4 s each
   }
   one = floors.Cost(100, passes=1, directions=0)
   assert floors.floor(one, 'x')(measured) == (0.5, 'memory')

@@ -17,7 +17,7 @@ from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   mosaic_tpu,
 )
 
-from jaxfl import perturb, pool
+from jaxfl import blocks, perturb, pool
 from jaxfl.master import Master
 from tests import test_kernels as cases
 
@@ -102,6 +102,69 @@ def test_the_bits_of_a_cpu(kind, batched):
   with jax.default_device(jax.devices('cpu')[0]):
     there = jax.jit(run)(*args)
   jax.tree.map(cases.assert_same_bits, here, there)
+
+
+def test_grid_weights_by_floats_and_by_integers():
+  """Units so large that sums are odd and above 2**24 take integers."""
+  rng = np.random.default_rng(0)
+  w = rng.integers(-999, 999, (200, 300)).astype(np.float32) / 1024
+  keys = cases.random_keys(4)
+  kind = {'distribution': 'rademacher'}
+  scale = np.float32(2.0**10), np.float32(2.0**-10)
+  run = functools.partial(api.add_units, scale=scale, keys=keys, **kind)
+  for units in ([5, -7, 2, 1], [2**22, 2**22, 2**22 + 1, 3], [2**30] * 4):
+    units = np.array(units, np.int32)
+    here, fits = jax.jit(run)(w, units=units)
+    with jax.default_device(jax.devices('cpu')[0]):
+      there, fit = jax.jit(run)(w, units=units)
+    assert bool(fits) == bool(fit)
+    if fit:
+      cases.assert_same_bits(here, there)
+  _, fits = jax.jit(run)(w + np.float32(1 / 3), units=units)
+  assert not fits
+
+
+@pytest.mark.parametrize('max_size', [64 * 300, 64 * 128, 5000])
+@pytest.mark.parametrize('kind', ['rademacher', 'walsh'])
+def test_blocks_have_the_bits_of_a_cpu(max_size, kind):
+  rng = np.random.default_rng(0)
+  params = {
+    'w': rng.integers(-99, 99, (200, 300)).astype(np.float32) / 1024,
+    'v': rng.integers(-99, 99, 300).astype(np.float32) / 1024,
+  }
+  exponents = dict.fromkeys(params, np.int32(10))
+  parts = blocks.partition(params, max_size=max_size, distribution=kind)
+  counts = np.arange(len(parts), dtype=np.int32)
+  count = int(counts.sum())
+  directions = jnp.stack(
+    [
+      pool.directions(jnp.asarray(key), jnp.arange(count), kind)
+      for key in cases.random_keys(2)
+    ]
+  )
+  units = rng.integers(-9, 9, (2, count), np.int32)
+  both = np.stack([counts, counts])
+
+  def run(params, directions, units):
+    more = {'distribution': kind}
+    return (
+      blocks.add_units(
+        params, exponents, parts, both, directions, units, **more
+      ),
+      blocks.reconstruct(
+        params, parts, both, directions, units * np.float32(0.1), **more
+      ),
+      blocks.project(params, parts, counts, directions[0], **more),
+    )
+
+  args = params, directions, units
+  *here, products = jax.jit(run)(*args)
+  with jax.default_device(jax.devices('cpu')[0]):
+    *there, expected = jax.jit(run)(
+      *jax.device_put(args, jax.devices('cpu')[0])
+    )
+  jax.tree.map(cases.assert_same_bits, here, there)
+  np.testing.assert_allclose(products, expected, atol=1e-3)
 
 
 def test_a_walsh_pool_has_the_bits_of_a_cpu():

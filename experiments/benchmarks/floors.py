@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from experiments.benchmarks import machine, timing
+from experiments.benchmarks import timing
 from jaxfl import keys
 
 # entries
@@ -54,37 +54,45 @@ def floor(cost: Cost, on: str) -> Callable:
   def least(seconds: timing.Seconds) -> tuple[float, str]:
     copy = min(seconds[on, 'w + c']) * cost.passes / 2
     fields = cost.entries * cost.directions
+    size = sizes()
     hashes = fields / PER_HASH[cost.distribution] * min(seconds['core', 'hash'])
     signs = fields * min(seconds['core', 'sign'])
-    both = (hashes / HASHES + signs / SIGNS) / lanes()
+    both = (hashes / size.hashes + signs / size.signs) / size.lanes
     return max((copy, 'memory'), (both, 'operations'))
 
   return least
 
 
-HASHES, SIGNS = 64, 1024  # of every lane in a call
+class Loops(NamedTuple):
+  """Sizes of the loops: for the first cache, or to fill an accelerator."""
+
+  lanes: int
+  hashes: int  # of every lane in a call
+  signs: int
 
 
-def lanes() -> int:
-  """Entries of the loops: for the first cache, or to fill an accelerator."""
-  return 1 << 12 if machine.on_cpu() else 1 << 22
+def sizes() -> Loops:
+  """Those for this kind of device."""
+  kind = jax.default_backend()
+  return {
+    'cpu': Loops(1 << 12, 64, 1024),
+    'gpu': Loops(1 << 22, 512, 8192),
+  }.get(kind, Loops(1 << 22, 64, 1024))
 
 
-def operations() -> list[timing.Operation]:
-  """The two loops, as operations."""
-  words = jnp.arange(lanes(), dtype=jnp.uint32)
-  key = jnp.asarray(np.array([1, 2], np.uint32))
+def _xla_loops(size: Loops) -> dict[str, Callable]:
+  words = jnp.arange(size.lanes, dtype=jnp.uint32)
 
-  def hash_loop(words, key):
+  def hash_loop(key):
     def body(_, x):
       for _ in range(_UNROLL):
         a, b = keys.threefry2x32(key[0], key[1], x, key[0])
         x = a ^ b
       return x
 
-    return lax.fori_loop(0, HASHES // _UNROLL, body, words)
+    return lax.fori_loop(0, size.hashes // _UNROLL, body, words)
 
-  def sign_loop(words, key):
+  def sign_loop(key):
     def body(i, total):
       scale = key[0] + i.astype(jnp.uint32)
       parts = [total, jnp.zeros_like(total)]  # two sums at once: no waiting
@@ -95,20 +103,31 @@ def operations() -> list[timing.Operation]:
       return parts[0] + parts[1]
 
     zeros = jnp.zeros(words.shape, jnp.float32)
-    return lax.fori_loop(0, SIGNS // _BITS, body, zeros)
+    return lax.fori_loop(0, size.signs // _BITS, body, zeros)
 
+  return {'hash': hash_loop, 'sign': sign_loop}
+
+
+def operations() -> list[timing.Operation]:
+  """The two loops, as operations."""
+  size = sizes()
+  make = _xla_loops
+  if jax.default_backend() == 'gpu':
+    from experiments.benchmarks import floors_gpu
+
+    make = lambda size: floors_gpu.loops(*size)
+  key = jnp.asarray(np.array([0x3F800000, 0x9E3779B9], np.uint32))
   found = []
-  for name, loop, count in (
-    ('hash', hash_loop, HASHES),
-    ('sign', sign_loop, SIGNS),
+  for (name, loop), count in zip(
+    make(size).items(), (size.hashes, size.signs), strict=True
   ):
-    compiled = jax.jit(loop).lower(words, key).compile()
+    compiled = jax.jit(loop).lower(key).compile()
     found.append(
       timing.Operation(
         name=name,
         on='core',
-        run=lambda c=compiled: jax.block_until_ready(c(words, key)),
-        work=lanes() * count / 1e9,
+        run=lambda c=compiled: jax.block_until_ready(c(key)),
+        work=size.lanes * count / 1e9,
         unit='G/s',
       )
     )
