@@ -130,8 +130,8 @@ class Tile:
   def __init__(self, number, offset, part: Part, interpret):
     self.row = number // part.across * part.rows + part.first
     self.left = number % part.across * COLS
-    columns = pl.ds(self.left, COLS)
-    self.index = [(self.row + r, columns) for r in range(part.rows)]
+    across = pl.ds(self.left, COLS)
+    self.index = [(self.row + r, across) for r in range(part.rows)]
     first = offset[0] + self.row.astype(jnp.uint32)
     self.group = first // np.uint32(signs.GROUP)
     self.col = offset[1] + self.left.astype(jnp.uint32)
