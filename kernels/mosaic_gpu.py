@@ -103,25 +103,27 @@ def fits(plan, shape) -> bool:
   return not any(edges)
 
 
-def _owners(plan, part):
-  """int[count]: the rectangle of every tile; len(rectangles) if none."""
+def _owners(plan, part) -> np.ndarray:
+  """int32[count]: the rectangle of every tile; len(rectangles) if none."""
   number = np.arange(part.count)
   row = number // part.across * signs.GROUP + part.first
   col = number % part.across * COLS
-  owner = np.full(part.count, len(plan.rectangles))
+  owner = np.full(part.count, len(plan.rectangles), np.int32)
   for i, ((top, left), (height, width)) in enumerate(plan.rectangles):
     inside = (top <= row) & (row < top + height)
     owner[inside & (left <= col) & (col < left + width)] = i
   return owner
 
 
-def _spans(plan, part, *more):
-  """int32[count * n]: the span of every tile and more of its rectangle."""
+def _table(plan, *more):
+  """int32[(rectangles + 1) * n]: the spans and more; nothing for no rectangle.
+
+  A tile looks up what it needs. If XLA did, it might compute the table anew for
+  every tile.
+  """
   columns = [jnp.asarray(plan.spans, jnp.int32)]
-  columns += [jnp.asarray(x, jnp.int32)[:, None] for x in more]
-  table = jnp.concatenate(columns, axis=1)
-  none = jnp.zeros((1, table.shape[1]), jnp.int32)
-  return jnp.concatenate([table, none])[_owners(plan, part)].reshape(-1)
+  columns += [x.astype(jnp.int32)[:, None] for x in more]
+  return jnp.pad(jnp.concatenate(columns, axis=1), ((0, 1), (0, 0))).reshape(-1)
 
 
 class Tile:
@@ -162,12 +164,12 @@ def _steps(tile, keys, amounts, values, start, stop):
   return lax.fori_loop(start, stop, step, values)
 
 
-def _add(number, offset, keys, amounts, spans, w, *, part, interpret):
+def _add(number, offset, keys, amounts, table, owners, w, *, part, interpret):
   """Adds its directions to a tile."""
   tile = Tile(number, offset, part, interpret)
   values = tuple(w[index] for index in tile.index)
-  span = spans[2 * number], spans[2 * number + 1]
-  values = _steps(tile, keys, amounts, values, *span)
+  at = 2 * owners[number]
+  values = _steps(tile, keys, amounts, values, table[at], table[at + 1])
   for index, x in zip(tile.index, values, strict=True):
     w[index] = x
 
@@ -195,12 +197,12 @@ def add(w, keys, amounts, offset=(0, 0), *, plan=None, interpret=False):
     An array like `w`, with the bits of K `xla.add` or `xla.add_units`.
   """
   plan = plan or whole(w.shape, len(keys))
-  args = _offset(offset), keys.reshape(-1), amounts
+  args = _offset(offset), keys.reshape(-1), amounts, _table(plan)
 
   def update(ref):
     for part in parts(ref.shape):
       body = functools.partial(_add, part=part, interpret=bool(interpret))
-      more = _spans(plan, part), ref
+      more = _owners(plan, part), ref
       run(body, part.count, *args, *more, interpret=interpret)
 
   return in_place(update, pad(w), interpret)[:, : w.shape[1]]
@@ -247,7 +249,18 @@ class Grid:
 
 
 def _add_units(
-  number, offset, keys, units, spans, scale, refs, off, *, part, interpret
+  number,
+  offset,
+  keys,
+  units,
+  table,
+  owners,
+  scale,
+  w,
+  off,
+  *,
+  part,
+  interpret,
 ):
   """Adds its directions to a tile of grid weights.
 
@@ -255,8 +268,9 @@ def _add_units(
   there are fewer instructions to them.
   """
   tile = Tile(number, offset, part, interpret)
-  grid = Grid(tile, refs, scale)
-  start, stop, total = (spans[3 * number + i] for i in range(3))
+  grid = Grid(tile, w, scale)
+  at = 3 * owners[number]
+  start, stop, total = (table[at + i] for i in range(3))
   room = np.float32(tiles.LIMIT) - total.astype(jnp.float32)
   none = jnp.sum(_count(*grid.within(room))) == 0
   middle = jnp.where(none, stop, start)
@@ -303,20 +317,19 @@ def add_units(
     An array like `w`, and bool[], as `tiles.add_units` has them.
   """
   plan = plan or whole(w.shape, len(keys))
-  args = _offset(offset), keys.reshape(-1), units
-  totals = tiles.span_totals(units, plan.spans)
+  table = _table(plan, tiles.span_totals(units, plan.spans))
+  args = _offset(offset), keys.reshape(-1), units, table
 
   def run_part(part, ref, off):
     body = functools.partial(_add_units, part=part, interpret=bool(interpret))
-    spans = _spans(plan, part, totals)
-    more = spans, jnp.stack(scale), ref, off
+    more = _owners(plan, part), jnp.stack(scale), ref, off
     run(body, part.count, *args, *more, interpret=interpret)
 
   return update_grid(run_part, w, interpret)
 
 
 def _project(
-  number, offset, keys, counts, base, x, out, *, part, size, interpret
+  number, offset, keys, table, owners, base, x, out, *, part, size, interpret
 ):
   """Products of a tile with the directions from base on, at most `size`."""
   tile = Tile(number, offset, part, interpret)
@@ -331,7 +344,9 @@ def _project(
     out[number, k] = jnp.sum(sum(terms[1:], terms[0]))
     return 0
 
-  stop = jnp.minimum(counts[number] - first, np.int32(size))
+  at = 2 * owners[number]
+  stop = table[at + 1] - table[at] - first
+  stop = jnp.minimum(stop, np.int32(size))
   lax.fori_loop(0, stop, step, 0)
 
 
@@ -362,10 +377,9 @@ def project(x, keys, offset=(0, 0), *, plan=None, interpret=False):
   plan = plan or whole(x.shape, len(keys))
   spans = jnp.asarray(plan.spans, jnp.int32)
   counts = spans[:, 1] - spans[:, 0]
-  counted = plan._replace(spans=jnp.stack([counts * 0, counts], axis=1))
   x = pad(x)
   size = min(len(keys), _CHUNK)
-  args = _offset(offset), keys.reshape(-1)
+  args = _offset(offset), keys.reshape(-1), _table(plan)
 
   def chunk(first):
     """float32[rectangles, size]"""
@@ -374,11 +388,18 @@ def project(x, keys, offset=(0, 0), *, plan=None, interpret=False):
       body = functools.partial(
         _project, part=part, size=size, interpret=bool(interpret)
       )
-      mine = _spans(counted, part)[1::2]
+      owners = _owners(plan, part)
       out = run(
-        body, part.count, *args, mine, first[None], x, interpret=interpret,
+        body,
+        part.count,
+        *args,
+        owners,
+        first[None],
+        x,
         out_type=jax.ShapeDtypeStruct((part.count, size), jnp.float32),
-      )  # fmt: skip
+        interpret=interpret,
+      )
+      mine = jnp.pad(counts, (0, 1))[owners]
       done = (first + np.arange(size))[None] < mine[:, None]
       out = jnp.where(done, out, np.float32(0))
       if len(plan.rectangles) == 1:

@@ -233,20 +233,21 @@ def span_totals(units: jax.Array, spans) -> jax.Array:
   """int32[n]: sums of |units| over spans; `LIMIT` stands for that and more.
 
   Args:
-    units: int32[M], fewer than 2**20.
+    units: int32[M].
     spans: int[n, 2], as those of a `Plan`.
   """
 
-  def over(x):
-    ends = jnp.pad(jnp.cumsum(x, dtype=jnp.uint32), (1, 0))  # modulo 2**32
-    ends = lax.optimization_barrier(ends)  # not once per use: takes a minute
-    return ends[spans[:, 1]] - ends[spans[:, 0]]
-
-  top, half = np.uint32(LIMIT), np.uint32(12)
-  magnitude = jnp.minimum(_magnitude(units), top)
-  high = jnp.minimum(over(magnitude >> half), top >> half) << half
-  low = jnp.minimum(over(magnitude & np.uint32((1 << 12) - 1)), top)
-  return jnp.minimum(high + low, top).astype(jnp.int32)
+  top = np.uint32(LIMIT)
+  index = np.arange(len(units))[None]
+  inside = (spans[:, :1] <= index) & (index < spans[:, 1:])
+  magnitude = jnp.minimum(_magnitude(units), top)[None]
+  total = lax.reduce(
+    jnp.where(inside, magnitude, np.uint32(0)),
+    np.uint32(0),
+    lambda x, y: jnp.minimum(x + y, top),
+    (1,),
+  )
+  return total.astype(jnp.int32)
 
 
 def sum_exceeds(units: jax.Array, largest: int) -> jax.Array:
