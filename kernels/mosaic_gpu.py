@@ -47,7 +47,10 @@ def run(body, count, *args, out_type=(), interpret=False) -> Any:
     kernel,
     out_type,
     mesh=plgpu.Mesh(grid=(count,), grid_names=('tile',)),
-    compiler_params=plgpu.CompilerParams(),
+    # JAX 0.11 would infer layouts, which takes minutes for a tile of 64 rows
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane
+    ),
     interpret=interpret,
     name=body.func.__name__.strip('_'),
   )(*args)
