@@ -2,8 +2,8 @@
 
     python -m tests.make_performance_tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being that
-of a file in experiments/results without its ending.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`, NAME being
+that of a file in experiments/results without its ending.
 """
 
 import json

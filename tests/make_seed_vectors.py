@@ -110,9 +110,7 @@ def one_codec(name):
   scale = 16.0
   code = codecs.codec(name, scale)
   key = keys.stream(keys.fold(ROOT, 3, 1000), 'codec')
-  values = jnp.array(
-    VALUES[:-1] if name == 'sign1' else VALUES, jnp.float32
-  )
+  values = jnp.array(VALUES[:-1] if name == 'sign1' else VALUES, jnp.float32)
   sent = jax.jit(code.encode)(values, key)
   return {
     'codec': name,

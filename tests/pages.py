@@ -1,5 +1,6 @@
 """The Markdown of the repository: code blocks with their markers, commands."""
 
+import itertools
 import pathlib
 import re
 import shlex
@@ -92,7 +93,7 @@ def anchors(path: pathlib.Path) -> set[str]:
   tokens = parsed(path)
   return {
     slug(inline.content.replace('`', ''))
-    for token, inline in zip(tokens, tokens[1:], strict=False)
+    for token, inline in itertools.pairwise(tokens)
     if token.type == 'heading_open'
   }
 

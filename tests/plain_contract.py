@@ -6,6 +6,7 @@ implementations have to agree. Slow, and for small tensors.
 
 import functools
 import hashlib
+import itertools
 import math
 import struct
 import zlib
@@ -130,7 +131,6 @@ def low_rank(key, shape, rank):
   return at
 
 
-LARGEST = {'rademacher': 1, 'popcount16': 8, 'walsh': 1}
 FIELD_UNIT = {
   'rademacher': 1.0, 'popcount16': 0.5, 'walsh': 1.0,
   'rank1': 1.0, 'rank4': 0.5, 'rank16': 0.25,
@@ -174,7 +174,7 @@ def fractions(weights):
   found = []
   for w in weights:
     shift = 0
-    while 0 < w and (w << shift) // total < 2**23 and w != total:
+    while w > 0 and (w << shift) // total < 2**23 and w != total:
       shift += 1
     found.append(math.ldexp((w << shift) // total, -shift) if total else 0.0)
   return found
@@ -229,7 +229,7 @@ def linear8_levels(scale):
 def level(x, levels, u=None):
   """The level of x >= 0: the nearest, or one of two by u in [0, 1)."""
   if u is None:
-    return sum(x >= (a + b) / 2 for a, b in zip(levels, levels[1:]))  # noqa: B905
+    return sum(x >= (a + b) / 2 for a, b in itertools.pairwise(levels))
   below = max(i for i in range(128) if levels[i] <= x)
   gap = f32(levels[below + 1] - levels[below]) if below < 127 else 0.0
   up = f32(u * gap) < f32(x - levels[below])
@@ -245,7 +245,9 @@ def encode(name, scale, values, key):
     word = sum(bit << i for i, bit in enumerate(bits))
     return word.to_bytes((len(values) + 8) // 8, 'little')
   if name == 'float32':
-    values = [x if ok else math.nan for x, ok in zip(values, finite, strict=True)]
+    values = [
+      x if ok else math.nan for x, ok in zip(values, finite, strict=True)
+    ]
     return struct.pack(f'<{len(values)}f', *values)
   if name == 'bfloat16':
     return b''.join(map(bfloat16, values))
@@ -389,8 +391,6 @@ def spsa_round(case):
 def digest_of_weights(found):
   leaves = []
   for path, (total, e, shape) in found.items():
-    data = struct.pack(
-      f'<{len(total)}f', *(math.ldexp(x, -e) for x in total)
-    )
+    data = struct.pack(f'<{len(total)}f', *(math.ldexp(x, -e) for x in total))
     leaves.append((path, 'float32', shape, data))
   return digest(leaves)

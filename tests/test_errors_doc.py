@@ -10,9 +10,7 @@ PAGE = ROOT / 'docs' / 'errors.md'
 
 def strings(tree):
   """All texts of a module but docstrings; what varies in them is `...`."""
-  docs = {
-    node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)
-  }
+  docs = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
   for node in ast.walk(tree):
     if node in docs:
       continue
