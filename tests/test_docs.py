@@ -90,6 +90,13 @@ def test_links_lead_somewhere(path):
       assert anchor in pages.anchors(file), link
 
 
+def test_the_method_has_30_lines():
+  page = 'docs/new_method.md'
+  method = next(block for block in BLOCKS if block.page == page)
+  lines = [line for line in method.text.splitlines() if line]
+  assert len(lines) <= 30
+
+
 def with_blocks(kind):
   """The pages that have some of a kind."""
   names = sorted({block.page for block in BLOCKS if block.kind == kind})

@@ -1,5 +1,6 @@
 """The table of docs/methods.md has the bytes that are really sent."""
 
+import itertools
 import pathlib
 import re
 import types
@@ -15,7 +16,8 @@ from jaxfl import method as method_lib
 from jaxfl import wire
 from jaxfl.models import native
 
-PAGE = pathlib.Path(__file__).parents[1] / 'docs' / 'methods.md'
+ROOT = pathlib.Path(__file__).parents[1]
+PAGE = ROOT / 'docs' / 'methods.md'
 CLIENTS = 8
 # what a method has no default for
 MORE: dict[str, dict[str, Any]] = {
@@ -87,3 +89,15 @@ def test_bytes_and_passes(name, params):
   number = lambda text: int(text.replace(',', ''))
   found = number(up), number(down), *map(number, passes.split(' / '))
   assert found == measured(name, params)
+
+
+def test_files_that_are_named_exist():
+  table = PAGE.read_text().partition('| method | module |')[2]
+  lines = table.splitlines()[2:]
+  for line in itertools.takewhile(lambda line: line.startswith('|'), lines):
+    _, _, module, config, notebooks, _, _ = line.split('|')
+    for file in re.findall(r'`(\S+/\S+)`', module + config):
+      assert (ROOT / file).exists(), file
+    for name in re.findall(r'`(\w+)`', notebooks):
+      if (ROOT / 'notebooks').exists():
+        assert (ROOT / 'notebooks' / f'{name}.ipynb').exists(), name
