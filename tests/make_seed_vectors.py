@@ -177,29 +177,6 @@ def pool_units():
   return found
 
 
-def drawn_seeds():
-  """The seeds that the first steps of FedKSeed take, from where it measures."""
-  method = fedkseed.fedkseed(
-    lambda params, batch: jnp.float32(0),
-    ROOT,
-    learning_rate=0.1,
-    mu=0.1,
-    local_steps=8,
-    send_indices=True,
-  )
-  state = method.init({'a': jnp.zeros(2)})
-  party = method_lib.Party(jnp.int32(3), jnp.int32(0), jnp.float32(1))
-  batches = {'x': jnp.zeros((8, 1))}
-  message, _, _ = jax.jit(method.client)(state, (), batches, party)
-  return {
-    'seed': SEED,
-    'party': 3,
-    'round': 0,
-    'num_seeds': 4096,
-    'seeds': ints(message['indices']),
-  }
-
-
 def message():
   return {
     'coordinates': np.array([5, -1, 127], np.int8),
@@ -246,6 +223,45 @@ def spsa_round():
   }
 
 
+def fedkseed_round():
+  """On a tensor with a Walsh block, and on one without."""
+  shapes = {'w': (32, 128), 'b': (3,)}
+  values = lambda shape: (np.arange(math.prod(shape)) % 97 - 48) / 64
+  params = {
+    path: values(shape).astype(np.float32).reshape(shape)
+    for path, shape in shapes.items()
+  }
+  settings = {
+    'learning_rate': 0.01,
+    'num_seeds': 5000,
+    'local_steps': 3,
+    'codec': 'linear8',
+    'codec_scale': 16.0,
+    'distribution': 'walsh',
+  }
+  method = fedkseed.fedkseed(lambda *args: None, ROOT, mu=1e-3, **settings)
+  messages = np.array([[64, -70, 127], [-128, 31, 5]], np.int8)
+  ids, weights = np.array([2, 11]), np.array([1, 2])
+  cohort = method_lib.Party(
+    ids.astype(np.int32), np.zeros(2, np.int32), weights.astype(np.float32)
+  )
+  state = jax.jit(method.server)(method.init(params), messages, cohort)
+  assert method.check(state) is None
+  moved = np.flatnonzero(state.coordinates)
+  return {
+    'seed': SEED,
+    'round': 0,
+    **settings,
+    'ids': ints(ids),
+    'weights': ints(weights),
+    'messages': [row.tobytes().hex() for row in messages],
+    'shapes': shapes,
+    'entry_i': '((i mod 97) - 48) / 64',
+    'coordinates': [[int(k), int(state.coordinates[k])] for k in moved],
+    'digest': digest.digest(state.params),
+  }
+
+
 def make():
   weights = [1, 3, 2, 0, 2**24 - 1]
   return {
@@ -259,7 +275,6 @@ def make():
     'uniform': int(
       keys.uniform(keys.fold(ROOT, 3, 1000, 2)) * np.float32(2**24)
     ),
-    'seeds_of_steps': drawn_seeds(),
     'fields': [one_field(*args) for args in FIELDS],
     'gaussian': gaussian(),
     'fractions': {
@@ -277,6 +292,7 @@ def make():
     'frame': wire.to_bytes(message()).hex(),
     'digest': digest.digest(message()),
     'spsa': spsa_round(),
+    'fedkseed': fedkseed_round(),
   }
 
 

@@ -388,6 +388,48 @@ def spsa_round(case):
   return found
 
 
+def fedkseed_round(case):
+  """Coordinates that are not 0, by seed, and weights as of `spsa_round`."""
+  base, steps = root(case['seed']), case['local_steps']
+  params = {
+    path: [(i % 97 - 48) / 64 for i in range(math.prod(shape))]
+    for path, shape in case['shapes'].items()
+  }
+  exponents = {p: exponent(max(map(abs, x))) for p, x in params.items()}
+  finest = max(exponents.values())
+  messages = [
+    decode(case['codec'], case['codec_scale'], bytes.fromhex(m), steps)
+    for m in case['messages']
+  ]
+  share = fractions(
+    [
+      w if any(x is not None for x in m) else 0
+      for w, m in zip(case['weights'], messages, strict=True)
+    ]
+  )
+  rate = f32(round_significant(case['learning_rate']))
+  coordinates = {}
+  for party, part, message in zip(case['ids'], share, messages, strict=True):
+    seeds = seeds_of_steps(
+      case['seed'], party, case['round'], steps, case['num_seeds']
+    )
+    stem = fold(stream(base, 'coordinates'), party, case['round'])
+    for i, (k, x) in enumerate(zip(seeds, message, strict=True)):
+      move = f32(-f32(rate * (x or 0.0)) * part)
+      amount = to_units(move, finest + 6, fold(stem, i), '')
+      coordinates[k] = coordinates.get(k, 0) + amount
+  found = {}
+  for path, values in params.items():
+    e, shape = exponents[path], case['shapes'][path]
+    total = [snap(x, e) for x in values]
+    for k, x in coordinates.items():
+      n = pool_units(x, e, finest, case['distribution'])
+      z = field((*base, k), path, shape, case['distribution'])
+      total = [t + n * x for t, x in zip(total, z, strict=True)]
+    found[path] = (total, e, shape)
+  return {k: x for k, x in coordinates.items() if x}, found
+
+
 def digest_of_weights(found):
   leaves = []
   for path, (total, e, shape) in found.items():

@@ -60,14 +60,6 @@ def test_keys():
     assert plain.tensor_id(path) == number
 
 
-def test_seeds_of_steps():
-  vector = VECTORS['seeds_of_steps']
-  found = plain.seeds_of_steps(
-    vector['seed'], vector['party'], vector['round'], 8, vector['num_seeds']
-  )
-  assert found == vector['seeds']
-
-
 @pytest.mark.parametrize(
   'vector', VECTORS['fields'], ids=by('distribution', 'shape')
 )
@@ -146,4 +138,12 @@ def test_a_round_of_spsa():
   found = plain.spsa_round(vector)
   for path, (total, e, _) in found.items():
     assert [math.ldexp(x, -e) for x in total] == vector['after'][path]
+  assert plain.digest_of_weights(found) == vector['digest']
+
+
+def test_a_round_of_fedkseed():
+  vector = VECTORS['fedkseed']
+  coordinates, found = plain.fedkseed_round(vector)
+  assert sorted(map(list, coordinates.items())) == vector['coordinates']
+  assert len(coordinates) == 5  # one of six values is rejected
   assert plain.digest_of_weights(found) == vector['digest']
