@@ -65,7 +65,7 @@ def blocks(path: pathlib.Path) -> list[Block]:
         marker = MARKER.fullmatch(previous.content.strip())
       found.append(
         Block(
-          str(path.relative_to(ROOT)), token.map[0] + 1, token.info,
+          str(path.relative_to(ROOT)), (token.map or [0])[0] + 1, token.info,
           token.content, marker and marker[1], marker and marker[2],
         )
       )  # fmt: skip
@@ -101,7 +101,7 @@ def anchors(path: pathlib.Path) -> set[str]:
 def links(path: pathlib.Path) -> list[str]:
   """Targets of links and pictures."""
   return [
-    child.attrs.get('href') or child.attrs['src']
+    str(child.attrs.get('href') or child.attrs['src'])
     for token in parsed(path)
     for child in token.children or ()
     if child.type in ('link_open', 'image')
