@@ -8,6 +8,7 @@ they share: their flags would collide in one.
 """
 
 import importlib
+import inspect
 import json
 import os
 import runpy
@@ -30,7 +31,6 @@ def check(module, arguments):
 
   def parse(main, flags_parser=None):
     """In place of `app.run`."""
-    del main  # Unused.
     for argument in sys.argv[1:]:
       name, _, value = argument.removeprefix('--').partition('=')
       if value == PLACEHOLDER:  # any value will do
@@ -39,6 +39,8 @@ def check(module, arguments):
         values = getattr(parser, 'enum_values', values)
         sys.argv[sys.argv.index(argument)] = f'--{name}={values[0]}'
     rest.extend((flags_parser or flags.FLAGS)(sys.argv)[1:])
+    if 'len(argv) > 1' not in inspect.getsource(main):
+      rest.clear()  # it takes arguments that are no flags
 
   app.run = parse
   sys.argv = [module, *(a for a in arguments if a != '--help')]
