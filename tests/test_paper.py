@@ -172,6 +172,13 @@ def test_truncated_normals_have_the_variance_of_the_constant():
   assert ratio - 1 == pytest.approx(-2 / (15 * d), rel=0.05)
 
 
+def test_the_cosine_is_measured_for_every_basis():
+  delta = np.ones((4, 8), np.float32)
+  for distribution in ferret_cosine.DISTRIBUTIONS:
+    (found,) = ferret_cosine.ours(delta, distribution, [1], 0)
+    assert -1 <= found['cosine'] <= 1
+
+
 def test_the_cosine_follows_its_law(monkeypatch):
   monkeypatch.setattr(ferret_cosine, 'DISTRIBUTIONS', ('rademacher',))
   shape, counts = (64, 8), (100, ferret_allocation.COORDINATES)

@@ -8,7 +8,9 @@ README = pathlib.Path(__file__).parents[1] / 'README.md'
 
 def test_the_example_runs_and_learns(capsys):
   text = README.read_text()
-  (code,) = re.findall(r'<!-- example -->\n```python\n(.*?)```', text, re.S)
+  (code,) = re.findall(
+    r'<!-- test: test_readme.py -->\n```python\n(.*?)```', text, re.S
+  )
   exec(compile(code, 'README.md', 'exec'), {})
   lines = [line.split() for line in capsys.readouterr().out.splitlines()]
   assert [line[0] for line in lines] == ['100', '200', '300']
