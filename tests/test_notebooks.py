@@ -17,7 +17,12 @@ COLAB = (
   'https://colab.research.google.com/github/jaxfl/jaxfl/blob/main/notebooks'
 )
 # In the order in which they are meant to be read; the first is run by CI.
-NAMES = ('quickstart', 'bring_your_own_model', 'one_byte')
+NAMES = (
+  'quickstart',
+  'bring_your_own_model',
+  'one_byte',
+  'fedkseed_and_ferret',
+)
 ABSOLUTE = re.compile(r'(^|[\s\'"`(=])(/\w[\w.-]*/\w|[A-Za-z]:\\)')
 
 each = pytest.mark.parametrize('name', NAMES)
