@@ -22,6 +22,8 @@ NAMES = (
   'bring_your_own_model',
   'one_byte',
   'fedkseed_and_ferret',
+  'privacy',
+  'kernels',
 )
 ABSOLUTE = re.compile(r'(^|[\s\'"`(=])(/\w[\w.-]*/\w|[A-Za-z]:\\)')
 
