@@ -24,6 +24,7 @@ NAMES = (
   'fedkseed_and_ferret',
   'privacy',
   'kernels',
+  'federation',
 )
 ABSOLUTE = re.compile(r'(^|[\s\'"`(=])(/\w[\w.-]*/\w|[A-Za-z]:\\)')
 
