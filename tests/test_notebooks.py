@@ -16,7 +16,8 @@ ROOT = pathlib.Path(__file__).parents[1]
 COLAB = (
   'https://colab.research.google.com/github/jaxfl/jaxfl/blob/main/notebooks'
 )
-# In the order in which they are meant to be read; the first is run by CI.
+# In the order in which they are meant to be read. All of them take six minutes
+# of CPU, so that only the first runs without `-m slow`.
 NAMES = (
   'quickstart',
   'bring_your_own_model',
@@ -69,6 +70,7 @@ def test_it_starts_with_badge_installation_and_size(name):
   assert title.source.startswith('# ')
   assert f']({COLAB}/{name}.ipynb)' in title.source
   assert title.source.count('colab.research.google.com') == 2  # and the image
+  assert f'[{name}]({COLAB}/{name}.ipynb)' in (ROOT / 'README.md').read_text()
   first = code(NAMES[0])
   assert install.source == first[0]
   # but for the comment, which says how long it takes
