@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching
+
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   lowrank,
   tiles,
