@@ -125,9 +125,13 @@ def load_base(
   labels = shape.num_labels if shape.head == 'classify' else None
   model = load_model(config, shape.head, num_labels=labels)
   adapter, trainable, frozen = adapt(config, model)
-  if model.shape != shape or digest_lib.digest(frozen) != frozen_digest:
+  was = f'model {config.model!r} is not what it was when the run was made'
+  if model.shape != shape:
+    raise UsageError(f'{was}: it has another shape')
+  found = digest_lib.digest(frozen)
+  if found != frozen_digest:
     raise UsageError(
-      f'model {config.model!r} is not what it was when the run was made'
+      f'{was}: its digest is {found[:16]}, not {frozen_digest[:16]}'
     )
   return Base(model, adapter, trainable, frozen)
 

@@ -1,65 +1,100 @@
 """A run as a small file, and the model of base and file."""
 
 import dataclasses
-import json
 import shutil
+import types
+from typing import Any
 
 import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import defaults, fine_tune, models, runner, seeds_file
+from experiments import (
+  build,
+  defaults,
+  fine_tune,
+  models,
+  replayer,
+  run_log,
+  seeds_file,
+)
 from experiments.config import UsageError, from_mapping
+from experiments.workdir import Workdir
 from jaxfl import keys
 from jaxfl.digest import digest
-from jaxfl.models import hf, native, transformer
+from jaxfl.models import native, transformer
 from jaxfl.models.config import Config
 from tests.models.hf_tools import FIXTURES
 from tests.test_experiments import environment as environment
 from tests.test_experiments import launch
 
 SHAPE = Config(
-  vocab_size=256, num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2,
-  head_dim=8, mlp_dim=32, norm='rms',
+  vocab_size=256, num_layers=1, model_dim=128, num_heads=2, num_kv_heads=2,
+  head_dim=64, mlp_dim=128, norm='rms',
 )  # fmt: skip
+# two matrices are quick to compile
 SMALL = {
-  'num_clients': 2, 'num_rounds': 2, 'sequence_length': 16, 'eval_every': 2,
-  'eval_batch_size': 4, 'eval_examples': 4, 'batch_size': 1,
+  'num_clients': 2, 'num_rounds': 2, 'sequence_length': 16, 'adapter': 'lora',
+  'lora_rank': 64, 'lora_targets': 'layers/mlp/up/kernel',
 }  # fmt: skip
 POOL = {'method': 'fedkseed', 'num_seeds': 4096, 'local_steps': 2}
 RUNS = {
   'spsa': {'method': 'spsa', 'num_perturbations': 2},
-  'rademacher': POOL | {'weight_decay': 0.1},
+  'rademacher': POOL | {'num_seeds': 64, 'weight_decay': 0.1},
   'walsh': POOL | {'distribution': 'walsh'},
   'ferret': {'method': 'ferret', 'coordinates': 64, 'local_steps': 1},
 }
 
 
 @pytest.fixture(scope='module')
-def places(tmp_path_factory):
-  """A byte model and text for two clients."""
-  place = tmp_path_factory.mktemp('places')
-  params = transformer.init(SHAPE, jax.random.key(0))
-  native.save(place / 'model', SHAPE, params)
-  for client in 'ab':
-    (place / 'text' / client).mkdir(parents=True)
-    lines = [f'line {i} of client {client}\n' for i in range(100)]
-    (place / 'text' / client / 'text').write_text(''.join(lines))
+def model(tmp_path_factory):
+  """A byte model in the project's own layout."""
+  place = tmp_path_factory.mktemp('model') / 'bytes'
+  native.save(place, SHAPE, transformer.init(SHAPE, jax.random.key(0)))
   return place
 
 
+def make_run(directory, base, **settings):
+  """A run of two rounds in which clients send what is made up.
+
+  Returns:
+    The digest of its weights.
+  """
+  config = defaults.resolve(
+    from_mapping(SMALL | {'model': str(base)} | settings)
+  )
+  method = build.build_method(config, build.no_loss)
+  found = models.load_model(config, 'lm')
+  _, params, frozen = models.adapt(config, found)
+  task = types.SimpleNamespace(digest='')
+  run: Any = types.SimpleNamespace(
+    task=task, params=params, frozen=frozen, shape=found.shape
+  )
+  header = run_log.header_of(config, method, run)
+  rng = np.random.default_rng(0)
+
+  def sent(x):
+    if x.dtype == np.uint8:  # codes
+      return rng.integers(40, 80, (2, *x.shape), np.uint8)
+    return rng.random((2, *x.shape)).astype(x.dtype)
+
+  with run_log.open_log(header, Workdir(directory), run) as log:
+    for round in range(2):
+      messages = jax.tree.map(sent, method.message(params))
+      log.append(round, [0, 1], [1, 1], messages)
+  return digest(replayer.rebuild(directory)[0])
+
+
 @pytest.fixture(scope='module')
-def run(places, tmp_path_factory):
-  """Makes the run of a name, once: its directory and its summary."""
+def run(model, tmp_path_factory):
+  """Makes a run of a name, once: its directory and its digest."""
   made = {}
 
   def make(name):
     if name not in made:
-      data = {'model': str(places / 'model'), 'dataset': str(places / 'text')}
-      config = defaults.resolve(from_mapping(SMALL | data | RUNS[name]))
-      directory = tmp_path_factory.mktemp('runs') / name
-      made[name] = directory, runner.run(config, directory)
+      directory = tmp_path_factory.mktemp(name)
+      made[name] = directory, make_run(directory, model, **RUNS[name])
     return made[name]
 
   return make
@@ -71,26 +106,24 @@ def passed_on(seeds):
 
 
 @pytest.mark.parametrize(
-  ('name', 'form'),
+  ('name', 'form', 'found'),
   [
-    ('spsa', 'auto'),
-    ('rademacher', 'auto'),
-    ('rademacher', 'coordinates'),
-    ('walsh', 'coordinates'),
-    ('ferret', 'log'),
-    ('ferret', 'weights'),
+    ('spsa', 'auto', 'log'),
+    ('rademacher', 'auto', 'coordinates'),
+    ('walsh', 'coordinates', 'coordinates'),
+    ('walsh', 'auto', 'log'),  # of two rounds
+    ('ferret', 'log', 'log'),
+    ('ferret', 'weights', 'weights'),
   ],
 )
-def test_a_rebuild_has_the_digest_of_the_run(name, form, run):
-  directory, summary = run(name)
+def test_a_rebuild_has_the_digest_of_the_run(name, form, found, run):
+  directory, expected = run(name)
   seeds = passed_on(fine_tune.make(directory, form))
-  # two rounds are less than the coordinates and the weights
-  assert seeds.form == ('log' if form == 'auto' else form)
+  assert seeds.form == found
   base = fine_tune.load_base(seeds)
-  assert seeds.base_digest == summary['base_digest']
   assert seeds.rounds == 2
-  found = digest(fine_tune.weights(seeds, base.trainable))
-  assert found == seeds.digest == summary['digest'] != seeds.base_digest
+  rebuilt = digest(fine_tune.weights(seeds, base.trainable))
+  assert rebuilt == seeds.digest == expected != seeds.base_digest
 
 
 def pooled(run, coordinates):
@@ -116,12 +149,12 @@ def test_a_pool_of_4096_fits_in_18_and_5_kilobytes(run):
 
 
 def test_bytes_are_near_the_run_and_have_a_digest_of_their_own(run):
-  directory, summary = run('walsh')
+  directory, expected = run('walsh')
   exact = fine_tune.make(directory, 'coordinates')
   seeds = passed_on(fine_tune.make(directory, 'bytes'))
   base = fine_tune.load_base(seeds).trainable
   found = fine_tune.weights(seeds, base)
-  assert digest(found) == seeds.digest != summary['digest']
+  assert digest(found) == seeds.digest != expected
   wanted = fine_tune.weights(exact, base)
   start = dict(keys.named_leaves(base))
   difference = lambda x, y: np.sqrt(
@@ -140,20 +173,23 @@ def test_rounding_to_bytes():
   assert seeds_file.round_to_bytes(np.zeros(3, np.int32))[1] == 0
 
 
-def test_another_base_is_refused_by_its_digest(run, places, tmp_path):
+def test_another_base_is_refused_by_its_digest(run, model, tmp_path):
   seeds = fine_tune.make(run('spsa')[0])
   other = tmp_path / 'other'
   params = transformer.init(SHAPE, jax.random.key(1))
   native.save(other, SHAPE, params)
-  with pytest.raises(UsageError, match='another base'):
+  with pytest.raises(UsageError, match='not what it was .* digest'):
     fine_tune.load_base(seeds, str(other))
+  wrong = dataclasses.replace(seeds, base_digest=64 * '0')
+  with pytest.raises(UsageError, match='another base'):  # what is trained
+    fine_tune.load_base(wrong)
   shape = dataclasses.replace(SHAPE, norm_eps=1e-3)
   native.save(other, shape, params)
-  with pytest.raises(UsageError, match='is not what it was'):
+  with pytest.raises(UsageError, match='another shape'):
     fine_tune.load_base(seeds, str(other))
   with pytest.raises(UsageError, match='nowhere'):
     fine_tune.load_base(seeds, str(tmp_path / 'nowhere'))
-  shutil.copytree(places / 'model', tmp_path / 'moved')
+  shutil.copytree(model, tmp_path / 'moved')
   moved = fine_tune.load_base(seeds, str(tmp_path / 'moved'))
   assert digest(moved.trainable) == seeds.base_digest
 
@@ -193,12 +229,33 @@ def test_a_file_of_another_contract_is_refused(run):
     seeds_file.decode(other)
 
 
-def test_the_commands(environment, places, tmp_path):
-  """A Hugging Face model, LoRA factors alone, there and back."""
-  rows = [f'good {i},1\nbad {i},0\n' for i in range(8)]
-  data = tmp_path / 'data.csv'
-  data.write_text('text,label\n' + ''.join(rows))
-  source = tmp_path / 'base'
-  shutil.copytree(FIXTURES / 'opt', source)
-  found = hf.load(source)
-  print(found.config)
+def test_the_commands_give_what_transformers_loads(environment, tmp_path):
+  """A model of the hub's layout, which has moved since."""
+  base, moved, out = (tmp_path / name for name in ('base', 'moved', 'out'))
+  shutil.copytree(FIXTURES / 'opt', base)
+  expected = make_run(
+    tmp_path / 'run', base, lora_targets='*attention/q/kernel', lora_rank=2
+  )
+  file = str(tmp_path / 'x.seeds')
+  base.rename(moved)
+  done = launch(
+    'export', f'--workdir={tmp_path / "run"}', f'--out={file}',
+    environment=environment,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert f'digest {expected}' in done.stdout
+  done = launch(
+    'rebuild', file, f'--out={out}', f'--base_model={moved}',
+    environment=environment,
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert f'digest {expected}' in done.stdout
+  there, here = (load_file(x / 'model.safetensors') for x in (moved, out))
+  changed = {k for k in there if not np.array_equal(there[k], here[k])}
+  assert set(here) == set(there)
+  assert changed
+  assert all(k.endswith('q_proj.weight') for k in changed)
+  done = launch('rebuild', file, '--out=x', environment=environment)
+  assert done.returncode == 1
+  assert f'error: base {str(base)!r}' in done.stderr
+  assert 'Traceback' not in done.stderr
