@@ -5,7 +5,7 @@ python -m experiments.log DIR --verify
 python -m experiments.log DIR --out=rounds.csv
 python -m experiments.log DIR --out=rounds.json
 
-DIR is the directory of a run, or a log alone. A row is a round: its clients (and
+DIR is the directory of a run, or a log. A row is a round: its clients (and
 their weights, as CLIENT:WEIGHT, where those are not 1), the bytes of the frames
 that they sent, and where the run was evaluated, the totals of bytes in both
 directions and the held-out metric. The log of a private run with an aggregator

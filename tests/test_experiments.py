@@ -162,7 +162,7 @@ def test_killed_at_any_instant_a_run_goes_on_to_the_same_digest(
 
 @pytest.mark.parametrize(
   'which',
-  [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM],
+  [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_a_signal_stops_after_the_round_and_says_how_to_go_on(
   which, environment, tmp_path
