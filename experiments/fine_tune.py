@@ -176,10 +176,16 @@ def _from_pool(seeds, base):
   if seeds.distribution != 'walsh':  # a seed costs a pass there
     (used,) = np.nonzero(coordinates)
     all_directions, coordinates = all_directions[used], coordinates[used]
-  run = functools.partial(pool.rebuild, distribution=seeds.distribution)
-  return jax.jit(run, donate_argnums=0)(
+  return _program(seeds.distribution)(
     master.init(base),
     jnp.int32(seeds.base_scale),
     all_directions,
     jnp.asarray(coordinates),
   )
+
+
+@functools.cache
+def _program(distribution):
+  """`pool.rebuild`, over the base that it is given."""
+  rebuild = functools.partial(pool.rebuild, distribution=distribution)
+  return jax.jit(rebuild, donate_argnums=0)
