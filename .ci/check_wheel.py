@@ -4,9 +4,9 @@ import pathlib
 import sys
 
 import jax
+import jaxfl.kernels
 import numpy as np
 
-import jaxfl.kernels
 from jaxfl import digest, keys, objectives, perturb
 from jaxfl.data import python_text
 from jaxfl.methods import spsa

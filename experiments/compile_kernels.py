@@ -37,7 +37,6 @@ import jax
 import jax.numpy as jnp
 from absl import app, flags
 from jax.experimental import topologies
-
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   arg_specs,
   mosaic_gpu,

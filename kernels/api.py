@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching
-
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   lowrank,
   tiles,

@@ -33,7 +33,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-
 from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
 
 RANKS = {'rank1': 1, 'rank4': 4, 'rank16': 16}

@@ -24,7 +24,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
 from jaxfl.kernels import signs  # pyright: ignore[reportMissingImports]
 
 _COLS = 128  # threads of a block

@@ -18,7 +18,6 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-
 from jaxfl.kernels import signs  # pyright: ignore[reportMissingImports]
 
 _ROWS = 512  # of a tile: its hashes fill 8 sublanes

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching, lax
-
 from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
 
 # Entries of the largest tile: 512 KiB of float32, for an L2 cache of 1 MiB.

@@ -24,7 +24,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import custom_batching, lax
-
 from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
 SIZE = 4096  # directions under one key

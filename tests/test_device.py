@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxfl import perturb, pool
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   api,
   mosaic_gpu,
   mosaic_tpu,
 )
+
+from jaxfl import perturb, pool
 from jaxfl.master import Master
 from tests import test_kernels as cases
 

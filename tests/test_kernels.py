@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic_gpu.interpret import params as gpu_params
 from jax.sharding import Mesh, PartitionSpec
-
-from jaxfl import perturb
 from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   api,
   arg_specs,
@@ -22,6 +20,8 @@ from jaxfl.kernels import (  # pyright: ignore[reportMissingImports]
   signs,
   xla,
 )
+
+from jaxfl import perturb
 from tests import reference
 
 OFFSET = (128, 5)

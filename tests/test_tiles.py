@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxfl.kernels import tiles  # pyright: ignore[reportMissingImports]
 
 from jaxfl import keys, perturb
-from jaxfl.kernels import tiles  # pyright: ignore[reportMissingImports]
 from tests import reference
 
 EXACT = ['rademacher', 'popcount16']

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jaxfl.kernels import walsh  # pyright: ignore[reportMissingImports]
 
 from jaxfl import blocks, keys, perturb, pool
-from jaxfl.kernels import walsh  # pyright: ignore[reportMissingImports]
 from tests import reference
 
 ROOT = keys.root(7)
