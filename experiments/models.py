@@ -100,37 +100,61 @@ def adapt(
   return adapter, trainable, frozen
 
 
-def export(
-  config: Config,
-  shape: model_config.Config,
-  params: jt.Params,
-  frozen_digest: str,
-  directory: str,
-) -> None:
-  """Writes the whole model, in the layout that it was loaded from.
+class Base(NamedTuple):
+  """The base model of a run that is over, as the run had it."""
+
+  model: Model
+  adapter: adapters.Adapter
+  trainable: jt.Params
+  frozen: jt.Params
+
+
+def load_base(
+  config: Config, shape: model_config.Config, frozen_digest: str
+) -> Base:
+  """Reads the base model of a run again.
 
   Args:
     config: of the run.
     shape: of its model.
-    params: what was trained; their paths matter, not their structure.
     frozen_digest: of the weights that were not trained.
-    directory: to write; must not exist.
 
   Raises:
-    UsageError: if the directory exists, or the base model isn't what it was.
+    UsageError: if the base model isn't what it was.
   """
-  if pathlib.Path(directory).exists():
-    raise UsageError(f'out: {directory} exists; choose another directory')
   labels = shape.num_labels if shape.head == 'classify' else None
   model = load_model(config, shape.head, num_labels=labels)
-  adapter, _, frozen = adapt(config, model)
-  if model.shape != shape or digest_lib.digest(frozen) != frozen_digest:
+  adapter, trainable, frozen = adapt(config, model)
+  was = f'model {config.model!r} is not what it was when the run was made'
+  if model.shape != shape:
+    raise UsageError(f'{was}: it has another shape')
+  found = digest_lib.digest(frozen)
+  if found != frozen_digest:
     raise UsageError(
-      f'model {config.model!r} is not what it was when the run was made'
+      f'{was}: its digest is {found[:16]}, not {frozen_digest[:16]}'
     )
-  whole = nn.meta.unbox(adapter.merge(frozen, params))
+  return Base(model, adapter, trainable, frozen)
+
+
+def export(base: Base, params: jt.Params, directory: str) -> None:
+  """Writes the whole model, in the layout that it was loaded from.
+
+  Args:
+    base: from `load_base`.
+    params: what was trained; their paths matter, not their structure.
+    directory: to write; must not exist.
+  """
+  check_new(directory)
+  model = base.model
+  whole = nn.meta.unbox(base.adapter.merge(base.frozen, params))
   merged = jax.tree.map(np.asarray, whole)
   if model.directory is None or native.is_native(model.directory):
-    native.save(directory, shape, merged)
+    native.save(directory, model.shape, merged)
   else:
-    hf.save(directory, shape, merged, source=model.directory)
+    hf.save(directory, model.shape, merged, source=model.directory)
+
+
+def check_new(directory: str) -> None:
+  """Raises UsageError if the directory to write exists."""
+  if pathlib.Path(directory).exists():
+    raise UsageError(f'out: {directory} exists; choose another directory')

@@ -10,7 +10,15 @@ import jax
 from absl import logging
 from jax.sharding import Mesh
 
-from experiments import build, guarantee, problem, progress, report, session
+from experiments import (
+  board,
+  build,
+  guarantee,
+  problem,
+  progress,
+  report,
+  session,
+)
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError
 from jaxfl.runtime import distributed
@@ -26,7 +34,10 @@ class Stopped(KeyboardInterrupt):
 
 
 def run(
-  config: Config, directory: str | pathlib.Path, mesh: Mesh | None = None
+  config: Config,
+  directory: str | pathlib.Path,
+  mesh: Mesh | None = None,
+  tensorboard: bool = False,
 ) -> dict[str, Any] | None:
   """Runs, or goes on with, an experiment.
 
@@ -36,6 +47,7 @@ def run(
       first process only.
     mesh: where clients run; by default, in the simulator. The result is the
       same, see `jaxfl.runtime.mesh`.
+    tensorboard: whether to write for TensorBoard, too.
 
   Returns:
     The summary, as written to `summary.json`; None in other processes than the
@@ -49,6 +61,8 @@ def run(
   workdir = workdir_lib.Workdir(directory)
   first = distributed.is_first()
   with distributed.together(UsageError):
+    if tensorboard:
+      board.check()
     method = build.build_method(config, build.no_loss)
     found = problem.build(config)
     private = method.private
@@ -77,14 +91,17 @@ def run(
     past = live.ledger['wall_s']
     wall_s = lambda: past + time.monotonic() - started
 
-    if live.round == 0:
-      live.evaluate(task, wall_s())
+    start = live.evaluate(task, wall_s()) if live.round == 0 else {}
     with (
+      board.opened(workdir.tensorboard, live.round)
+      if tensorboard and first
+      else contextlib.nullcontext(lambda round, values: None) as show,
       progress.stop_on_signals() as stop,
       progress.bar(config.num_rounds, live.round)
       if first
       else contextlib.nullcontext(lambda round, text: None) as advance,
     ):
+      show(live.round, start)
       shown = {}
       for done in live.rounds(population):
         last = done.round == config.num_rounds
@@ -103,6 +120,9 @@ def run(
           if not math.isfinite(done.loss):
             logging.log_first_n(logging.WARNING, _NOT_FINITE, 1, done.round)
         shown |= values
+        train = {} if done.loss is None else {'train_loss': done.loss}
+        totals = {k: live.ledger[k] for k in ('bytes_up', 'bytes_down')}
+        show(done.round, values | train | totals)
         text = ''.join(f'{k} {v:.3f}  ' for k, v in shown.items())
         advance(
           done.round, f'{text}up {report.amount(live.ledger["bytes_up"])}'

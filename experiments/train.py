@@ -30,6 +30,11 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
 )
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
+_TENSORBOARD = flags.DEFINE_bool(
+  'tensorboard',
+  False,
+  'Write held-out metrics, losses and bytes to WORKDIR/tensorboard, too.',
+)
 _MESH_CLIENTS = flags.DEFINE_integer(
   'mesh_clients', None, 'Devices to spread clients over; see --mesh_model.'
 )
@@ -115,7 +120,7 @@ def main(argv):
       logging.set_verbosity(logging.ERROR)
     with distributed.leave_at_once(*alike):
       config = settings(workdir_lib.Workdir(directory))
-      summary = runner.run(config, directory, mesh)
+      summary = runner.run(config, directory, mesh, _TENSORBOARD.value)
   except (UsageError, FloatingPointError) as error:
     sys.exit(f'error: {error}')
   except KeyboardInterrupt:

@@ -23,6 +23,7 @@ class Workdir:
     self.model = self.path / 'model.json'
     self.log = self.path / 'rounds.log'
     self.base = self.path / 'base'
+    self.tensorboard = self.path / 'tensorboard'
     self.snapshots = self.path / 'snapshots'
 
 

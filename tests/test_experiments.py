@@ -162,7 +162,7 @@ def test_killed_at_any_instant_a_run_goes_on_to_the_same_digest(
 
 @pytest.mark.parametrize(
   'which',
-  [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM],
+  [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],
 )
 def test_a_signal_stops_after_the_round_and_says_how_to_go_on(
   which, environment, tmp_path
@@ -171,7 +171,7 @@ def test_a_signal_stops_after_the_round_and_says_how_to_go_on(
   with subprocess.Popen(
     [
       sys.executable, '-m', 'experiments.train', f'--workdir={workdir}',
-      *SMALL, '--num_rounds=100000',
+      *SMALL, '--num_rounds=100000', '--tensorboard',
     ],
     cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True,
     stderr=subprocess.DEVNULL,
@@ -191,6 +191,8 @@ def test_a_signal_stops_after_the_round_and_says_how_to_go_on(
     # stopped between rounds, with a snapshot of the last one
     assert rounds.torn_bytes == 0
     assert (workdir / 'snapshots' / str(rounds.num_rounds)).is_dir()
+  (events,) = (workdir / 'tensorboard').iterdir()
+  assert events.stat().st_size > 1000
 
 
 def test_damaged_or_foreign_directories_are_refused(
