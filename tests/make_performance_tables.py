@@ -24,6 +24,8 @@ def number(x) -> str:
 
 
 def percent(share) -> str:
+  if share is None:
+    return ''
   return f'{share:.0%}' if share >= 0.01 else f'{share:.1%}'
 
 
@@ -36,20 +38,21 @@ def table(name: str) -> str:
   machine = found['machine']
   device = machine['cpu'] if machine['backend'] == 'cpu' else machine['device']
   cores = '' if machine['backend'] != 'cpu' else f', {machine["cores"]} core'
-  lines = [
+  lines = [f'**{found["note"]}**\n'] if 'note' in found else []
+  lines += [
     f'{device}{cores}, JAX {machine["jax"]}. {found["unit"]}; medians.\n',
     '| operation | on | ours | floor | of the floor | beside |',
     '|---|---|---|---|---|---|',
   ]
   for row in found['rows']:
-    if row.get('floor_rate') is None:
+    if row.get('floor_rate') is None and not row['rivals']:
       continue  # what floors are made of
     beside = ', '.join(
       f'{number(rival["ours"])} x {of}' for of, rival in row['rivals'].items()
     )
     cells = (
       row['operation'], row['on'], number(row['rate']),
-      number(row['floor_rate']), percent(row['of_floor']), beside,
+      number(row.get('floor_rate')), percent(row.get('of_floor')), beside,
     )  # fmt: skip
     lines.append(f'| {" | ".join(cells)} |')
   return '\n'.join(lines) + '\n'
