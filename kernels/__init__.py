@@ -1,6 +1,6 @@
 """Leaf-level operations of shared randomness; installed as `jaxfl.kernels`.
 
-In `jaxfl`, `perturb` and `blocks` are the only importers. The folder lies at
+In `jaxfl`, `perturb`, `blocks` and `lazy` are the only importers. The folder lies at
 the top of the repository, but `kernels` is a name that another package on PyPI
 owns, so this code answers to `jaxfl.kernels` alone. Under the other name it is
 an empty module: libraries that only look whether there is a package `kernels`
@@ -13,16 +13,21 @@ it.
   * `lowrank`: directions that are products of small sign matrices.
   * `walsh`: all directions of a Walsh pool at once.
   * `mosaic_tpu`, `mosaic_gpu`: many directions on a tensor, in Pallas. `signs`
-    is what they share.
-  * `api`: chooses one of them for a whole tensor.
+    is what they share. `mosaic_gpu_walsh`: Walsh pools.
+  * `api`: chooses one of them.
   * `arg_specs`: shapes of real tensors, for tests and measurements.
 
-What is verified, and how, without a TPU or a GPU (`tests/test_kernels.py`): the
-code of both kernels runs in JAX's interpret modes and has the bits of the NumPy
-reference; both lower for their platforms; and `experiments.compile_kernels`
-compiles them ahead of time for TPU v5e and v6e and for sm_90a. The layouts that
-`mosaic_gpu` gives to registers do not exist in interpret mode. Neither kernel
-has run on a device yet, or been timed.
+What is verified without a TPU or a GPU (`tests/test_kernels.py`,
+`test_grid_kernels.py`): the code of the kernels runs in JAX's interpret modes
+and has the bits of the NumPy reference; they lower for their platforms; and
+`experiments.compile_kernels` compiles them ahead of time for TPU v5e and v6e
+and for sm_90a. The layouts that `mosaic_gpu` gives to registers do not exist in
+interpret mode: `tests/test_device.py` is for the device itself.
+
+On a device (November 2026, JAX 0.11.2): `add` and `project` of `mosaic_gpu` have
+the bits of the reference on an H100 and an H200. `add_units`, plans of
+rectangles and `mosaic_gpu_walsh` ran in an earlier form at most, which had these
+bits too. `mosaic_tpu` has never run on a TPU.
 """
 
 if __name__ != 'jaxfl.kernels':
