@@ -1,6 +1,9 @@
 """Peak memory of an operation in a process of its own."""
 
 import concurrent.futures
+import contextlib
+import ctypes
+import gc
 import multiprocessing
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +28,10 @@ def peak(prepare: Callable[[], Prepared]) -> int | None:
 
 def _measure(prepare):
   make, run = prepare()
+  gc.collect()
+  with contextlib.suppress(AttributeError):  # not glibc
+    # what is free in the heap would be used again and not count
+    ctypes.CDLL(None).malloc_trim(0)
   try:
     with open('/proc/self/clear_refs', 'w') as f:
       f.write('5')  # forgets the peak so far

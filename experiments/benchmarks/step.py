@@ -213,17 +213,21 @@ def _prepared(name: str, tokens: int, whole: bool) -> memory.Prepared:
 
 
 def _peak(name: str, tokens: int) -> dict[str, Any]:
-  """Peak memory of a step over that of a forward pass."""
-  inference, step = (
-    memory.peak(functools.partial(_prepared, name, tokens, whole))
-    for whole in (False, True)
-  )
+  """Peak memory of a step over that of a forward pass; medians of three."""
+  inference, step = [], []
+  for _ in range(3):
+    for whole, found in ((False, inference), (True, step)):
+      prepare = functools.partial(_prepared, name, tokens, whole)
+      found.append(memory.peak(prepare))
+  over = None
+  if None not in inference + step:
+    over = statistics.median(step) / statistics.median(inference)
   return {
     'operation': 'spsa step',
     'on': f'{name}, {tokens} tokens',
     'inference_bytes': inference,
     'step_bytes': step,
-    'process': step / inference if inference and step else None,
+    'process': over,
     'target': PEAK,
   }
 
