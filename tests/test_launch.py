@@ -131,8 +131,8 @@ def settings(tmp_path_factory):
   y = (x[:, 0] > 0).astype(np.int8)
   np.savez(path, f_train=x[:40], y_train=y[:40], f_test=x[40:], y_test=y[40:])
   return {
-    'dataset': str(path), 'num_clients': 6, 'num_rounds': 1500,
-    'batch_size': 4, 'learning_rate': 0.1, 'eval_every': 50,
+    'dataset': str(path), 'num_clients': 6, 'num_rounds': 600,
+    'batch_size': 4, 'learning_rate': 0.02, 'eval_every': 50,
     'snapshot_every': 20, 'block_size': 2, 'dropout_rate': 0.2,
     'num_perturbations': 2,
   }  # fmt: skip
