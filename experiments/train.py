@@ -5,7 +5,7 @@ python -m experiments.train --workdir=DIR --resume
 python -m experiments.train --config=experiments/configs/fed_avg.py
 python -m experiments.train --method=spsa --codec=sign1 --config.mu=2e-3
 python -m experiments.train --mesh_clients=8
-python -m experiments.train --multihost  # on every host of a cluster
+python -m experiments.train --multihost  # on every host; see experiments/launch
 
 Where a run is computed is no setting of it: it may go on elsewhere.
 """
@@ -30,6 +30,12 @@ _WORKDIR = flags.DEFINE_string(
   'workdir', None, 'Directory of the run; default runs/DATE-TIME.'
 )
 _RESUME = flags.DEFINE_bool('resume', False, 'Go on with the run in --workdir.')
+_AUTO_RESUME = flags.DEFINE_bool(
+  'auto_resume',
+  False,
+  'Go on with the run in --workdir if there is one, else start it: for a'
+  ' command that is run again by itself.',
+)
 _TENSORBOARD = flags.DEFINE_bool(
   'tensorboard',
   False,
@@ -97,11 +103,12 @@ def settings(workdir: workdir_lib.Workdir) -> Config:
   text = b''
   with distributed.together(UsageError):
     if distributed.is_first():
-      there = None
-      if _RESUME.value and workdir.config.exists():
+      there, found = None, workdir.config.exists()
+      resume = _RESUME.value or (_AUTO_RESUME.value and found)
+      if resume and found:
         there = workdir_lib.read_config(workdir)
       config, given = setting_flags.asked_for(there)
-      config = workdir_lib.choose(workdir, config, given, _RESUME.value)
+      config = workdir_lib.choose(workdir, config, given, resume)
       text = json.dumps(dataclasses.asdict(config)).encode()
   return from_mapping(json.loads(distributed.share_bytes(text)))
 
@@ -113,8 +120,9 @@ def main(argv):
   directory = pathlib.Path(_WORKDIR.value or f'runs/{stamp}')
   alike = (UsageError, FloatingPointError, runner.Stopped)
   try:
-    if _RESUME.value and not _WORKDIR.value:
-      raise UsageError('--resume needs --workdir')
+    for flag in (_RESUME, _AUTO_RESUME):
+      if flag.value and not _WORKDIR.value:
+        raise UsageError(f'--{flag.name} needs --workdir')
     mesh = devices()
     if not distributed.is_first():
       logging.set_verbosity(logging.ERROR)

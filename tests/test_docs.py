@@ -8,19 +8,21 @@ A comment stands before it:
     <!-- test: none, REASON -->   nothing to test, and why
     <!-- test: FILE.py -->        has a test of its own
 
-Commands within text have their flags parsed as well.
+Commands within text, and those of launchers, have their flags parsed as well.
 """
 
 import configparser
 import json
 import os
 import pathlib
+import shlex
 import shutil
 import subprocess
 import sys
 
 import pytest
 
+from experiments.launch import rehearsal
 from tests import pages
 
 BLOCKS = [block for path in pages.PAGES for block in pages.blocks(path)]
@@ -52,6 +54,13 @@ def test_commands_parse():
     codes = map(pages.command, pages.inline_code(path))
     # a bare name within text may lack flags that it needs
     found += [(path.name, c) for c in codes if c and c[1]]
+  for launcher in rehearsal.LAUNCHERS:
+    host = rehearsal.hosts(launcher, 2, 'runs/a', ['--method=spsa'])[1]
+    text = (
+      host.command[-1] if launcher == 'tpu_vm' else shlex.join(host.command)
+    )
+    text = text[text.index('-m experiments.train') :]
+    found.append((launcher, pages.command(f'python {text}')))
   done = subprocess.run(
     [sys.executable, '-W', 'ignore', '-m', 'tests.check_commands'],
     cwd=pages.ROOT, env=ENVIRONMENT, check=True, capture_output=True, text=True,

@@ -1,6 +1,7 @@
 """Two processes on this machine, with two devices each: jax.distributed."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -16,6 +17,7 @@ import pytest
 
 from experiments import build, defaults, problem, runner, session
 from experiments.config import from_mapping
+from experiments.launch import rehearsal
 from experiments.workdir import Workdir
 from jaxfl import digest, keys, metrics, wire
 from jaxfl.log import Header, RoundLog
@@ -27,8 +29,11 @@ TIMEOUT = 240  # seconds; a process that waits for another ends all the same
 
 
 @contextlib.contextmanager
-def started(commands, cache):
-  """Runs a command per process; in the end, none is left."""
+def started(commands, cache, variables=()):
+  """Runs a command per process; in the end, none is left.
+
+  `variables` may hold environment variables for each.
+  """
   environment = os.environ | {
     'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
     'JAX_COMPILATION_CACHE_DIR': str(cache),
@@ -37,10 +42,10 @@ def started(commands, cache):
   }
   processes = [
     subprocess.Popen(
-      [sys.executable, *command], cwd=ROOT, env=environment, text=True,
+      [sys.executable, *command], cwd=ROOT, env=environment | own, text=True,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )
-    for command in commands
+    for command, own in itertools.zip_longest(commands, variables, fillvalue={})
   ]  # fmt: skip
   try:
     yield processes
@@ -230,21 +235,24 @@ def rounds_in(path):
 
 
 def test_several_hosts_are_one_run(settings, cache, tmp_path):
-  """Stopped by a signal to one of them, resumed, and stopped again."""
+  """Stopped by a signal to one of them, resumed, and stopped again.
+
+  First as under Slurm, by JAX's own detection, then as the pods of a JobSet.
+  """
   settings = settings | {'num_rounds': 100_000, 'snapshot_every': 10}
   directories = [tmp_path / str(i) for i in (0, 1)]
   path, known = directories[0] / 'rounds.log', 0
-  for more in (flags_of(settings), ['--resume']):
-    port = free_port()
+  for launcher in ('slurm', 'jobset'):
+    flags = flags_of(settings)
+    hosts = rehearsal.hosts(launcher, 2, directories[0], flags)
+    assert all(host.command[0] == 'python' for host in hosts)
+    # only the first one's directory counts
     commands = [
-      [
-        '-m', 'experiments.train', *more, '--multihost', f'--process_id={i}',
-        f'--workdir={directory}', '--num_processes=2',
-        f'--coordinator_address=127.0.0.1:{port}',
-      ]
-      for i, directory in enumerate(directories)
-    ]  # fmt: skip
-    with started(commands, cache) as processes:
+      [*host.command[1:], f'--workdir={directory}']
+      for host, directory in zip(hosts, directories, strict=True)
+    ]
+    variables = [host.variables for host in hosts]
+    with started(commands, cache, variables) as processes:
       deadline = time.monotonic() + TIMEOUT
       while rounds_in(path) < known + 3:
         assert time.monotonic() < deadline

@@ -33,7 +33,8 @@ def initialize(
 ) -> None:
   """Joins the processes of a run; a thin form of `jax.distributed.initialize`.
 
-  On TPU pods, under Slurm, Open MPI and Kubernetes it needs no arguments.
+  On TPU pods, under Slurm, Open MPI and Kubernetes it needs no arguments. With
+  them, no cluster is looked for.
 
   Args:
     coordinator_address: `host:port` of process 0.
@@ -65,7 +66,9 @@ def initialize(
   if hasattr(jax.config, 'jax_enable_preemption_service'):
     jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(**given)
+    jax.distributed.initialize(
+      **given, cluster_detection_method=None if missing else 'deactivate'
+    )
   except (RuntimeError, ValueError) as error:
     hint = ''
     if missing:

@@ -1,0 +1,1 @@
+"""Launchers for several hosts, and their rehearsal on one machine."""
