@@ -1,11 +1,11 @@
 """Leaf-level operations of shared randomness; installed as `jaxfl.kernels`.
 
-In `jaxfl`, `perturb`, `blocks` and `lazy` are the only importers. The folder lies at
-the top of the repository, but `kernels` is a name that another package on PyPI
-owns, so this code answers to `jaxfl.kernels` alone. Under the other name it is
-an empty module: libraries that only look whether there is a package `kernels`
-(such as transformers, in a program that runs in the repository) go on without
-it.
+In `jaxfl`, `perturb`, `blocks` and `lazy` are the only importers. The folder
+lies at the top of the repository, but `kernels` is a name that another package
+on PyPI owns, so this code answers to `jaxfl.kernels` alone. Under the other
+name it is an empty module: libraries that only look whether there is a package
+`kernels` (such as transformers, in a program that runs in the repository) go on
+without it.
 
   * `xla`: plain XLA for every backend, and the definition that the others have
     to match bit for bit.
@@ -24,10 +24,10 @@ and has the bits of the NumPy reference; they lower for their platforms; and
 and for sm_90a. The layouts that `mosaic_gpu` gives to registers do not exist in
 interpret mode: `tests/test_device.py` is for the device itself.
 
-On a device (November 2026, JAX 0.11.2): `add` and `project` of `mosaic_gpu` have
-the bits of the reference on an H100 and an H200. `add_units`, plans of
-rectangles and `mosaic_gpu_walsh` ran in an earlier form at most, which had these
-bits too. `mosaic_tpu` has never run on a TPU.
+On a device (November 2026, JAX 0.11.2): `add` and `project` of `mosaic_gpu`
+have the bits of the reference on an H100. Plans of rectangles, `add_units` and
+`mosaic_gpu_walsh` are younger: an H200 ran a first form of them, which had
+these bits as far as it came. `mosaic_tpu` has never run on a TPU.
 """
 
 if __name__ != 'jaxfl.kernels':

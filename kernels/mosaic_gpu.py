@@ -80,7 +80,7 @@ class Part(NamedTuple):
   first: int  # row
   rows: int  # of a tile
   across: int  # tiles side by side
-  count: int  # tiles
+  tiles: int
 
 
 def parts(shape) -> list[Part]:
@@ -92,7 +92,7 @@ def parts(shape) -> list[Part]:
     Part(0, signs.GROUP, across, whole * across),
     Part(whole * signs.GROUP, rows % signs.GROUP, across, across),
   ]
-  return [part for part in found if part.rows * part.count]
+  return [part for part in found if part.rows * part.tiles]
 
 
 def fits(plan, shape) -> bool:
@@ -108,10 +108,10 @@ def fits(plan, shape) -> bool:
 
 def _owners(plan, part) -> np.ndarray:
   """int32[count]: the rectangle of every tile; len(rectangles) if none."""
-  number = np.arange(part.count)
+  number = np.arange(part.tiles)
   row = number // part.across * signs.GROUP + part.first
   col = number % part.across * COLS
-  owner = np.full(part.count, len(plan.rectangles), np.int32)
+  owner = np.full(part.tiles, len(plan.rectangles), np.int32)
   for i, ((top, left), (height, width)) in enumerate(plan.rectangles):
     inside = (top <= row) & (row < top + height)
     owner[inside & (left <= col) & (col < left + width)] = i
@@ -206,7 +206,7 @@ def add(w, keys, amounts, offset=(0, 0), *, plan=None, interpret=False):
     for part in parts(ref.shape):
       body = functools.partial(_add, part=part, interpret=bool(interpret))
       more = _owners(plan, part), ref
-      run(body, part.count, *args, *more, interpret=interpret)
+      run(body, part.tiles, *args, *more, interpret=interpret)
 
   return in_place(update, pad(w), interpret)[:, : w.shape[1]]
 
@@ -291,7 +291,7 @@ def update_grid(run_part, w, interpret):
   """
   padded = pad(w)
   mine = parts(padded.shape)
-  counts = [jnp.zeros(part.count, jnp.float32) for part in mine]
+  counts = [jnp.zeros(part.tiles, jnp.float32) for part in mine]
 
   def update(refs):
     for part, off in zip(mine, refs[1:], strict=True):
@@ -326,7 +326,7 @@ def add_units(
   def run_part(part, ref, off):
     body = functools.partial(_add_units, part=part, interpret=bool(interpret))
     more = _owners(plan, part), jnp.stack(scale), ref, off
-    run(body, part.count, *args, *more, interpret=interpret)
+    run(body, part.tiles, *args, *more, interpret=interpret)
 
   return update_grid(run_part, w, interpret)
 
@@ -354,11 +354,11 @@ def _project(
 
 
 def _by_rectangle(plan, part):
-  """int[rectangles, tiles]: the tiles of each, filled up with `part.count`."""
+  """int[rectangles, tiles]: the tiles of each, filled up with `part.tiles`."""
   owner = _owners(plan, part)
   mine = [np.flatnonzero(owner == i) for i in range(len(plan.rectangles))]
   most = max(map(len, mine))
-  fill = lambda n: np.pad(n, (0, most - len(n)), constant_values=part.count)
+  fill = lambda n: np.pad(n, (0, most - len(n)), constant_values=part.tiles)
   return np.stack([fill(n) for n in mine])
 
 
@@ -394,12 +394,12 @@ def project(x, keys, offset=(0, 0), *, plan=None, interpret=False):
       owners = _owners(plan, part)
       out = run(
         body,
-        part.count,
+        part.tiles,
         *args,
         owners,
         first[None],
         x,
-        out_type=jax.ShapeDtypeStruct((part.count, size), jnp.float32),
+        out_type=jax.ShapeDtypeStruct((part.tiles, size), jnp.float32),
         interpret=interpret,
       )
       mine = jnp.pad(counts, (0, 1))[owners]

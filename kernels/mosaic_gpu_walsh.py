@@ -69,6 +69,6 @@ def add_pools(w, scale, keys, units, *, interpret=False):
     body = functools.partial(
       _add_pools, pools=len(keys), part=part, interpret=bool(interpret)
     )
-    mosaic_gpu.run(body, part.count, *args, ref, off, interpret=interpret)
+    mosaic_gpu.run(body, part.tiles, *args, ref, off, interpret=interpret)
 
   return mosaic_gpu.update_grid(run_part, w, interpret)
