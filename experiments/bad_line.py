@@ -13,7 +13,8 @@ What limits the rate: so many processes share the cores of one machine, hence
 the model is tiny and a local step sleeps until it has taken `--step_s`, which
 stands for the computation of a real model. Without a pipeline a round takes a
 step, a round trip and what is lost on the way; with one of s rounds the steps
-hide s * step_s of that. Runs on a bad line are compared with those on a clean
+hide s * step_s of that. A client keeps its compiled programs in a directory
+(JAX_COMPILATION_CACHE_DIR) that it finds when it is started again. Runs on a bad line are compared with those on a clean
 one (a proxy without limits, nobody killed) with the same pipeline.
 
 A condition runs for so many rounds that steps (and the round trip, without a

@@ -221,8 +221,8 @@ class _Run:
         f'--client={client}', f'--workdir={home}',
         f'--step_s={settings.step_s}',
       ]  # fmt: skip
-      module = 'experiments.federation.paced'
-      self._clients.append(Process(home / 'output.txt', module, arguments))
+      module, output = 'experiments.federation.paced', home / 'output.txt'
+      self._clients.append(Process(output, module, arguments, _cache(home)))
     self._all = [self._coordinator, *self._clients]
 
   # Watching.
@@ -388,6 +388,15 @@ class _Run:
       'message_s': since(took_part),
       'longest_s': round(max(gaps, default=0.0), 2),
     }
+
+
+def _cache(home):
+  """Makes JAX keep what it has compiled, for a client that starts again."""
+  return {
+    'JAX_COMPILATION_CACHE_DIR': str(home.absolute() / 'compiled'),
+    'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+    'JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES': '-1',
+  }
 
 
 def _participants(home):

@@ -6,7 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 
 class Process:
@@ -18,16 +18,16 @@ class Process:
   """
 
   def __init__(
-    self, output: pathlib.Path, module: str, arguments: Sequence[str]
+    self,
+    output: pathlib.Path,
+    module: str,
+    arguments: Sequence[str],
+    environment: Mapping[str, str] | None = None,
   ):
     self.output, self.arguments = output, arguments
-    self._module = module
+    self._module, self._environment = module, environment or {}
     self._process: subprocess.Popen | None = None
     output.parent.mkdir(parents=True, exist_ok=True)
-
-  @property
-  def started(self) -> bool:
-    return self._process is not None
 
   @property
   def running(self) -> bool:
@@ -47,7 +47,7 @@ class Process:
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=out,
-        env=os.environ | extra,
+        env={**os.environ, **extra, **self._environment},
       )
 
   def end(self, how: signal.Signals = signal.SIGKILL) -> None:
