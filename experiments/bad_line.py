@@ -14,8 +14,9 @@ the model is tiny and a local step sleeps until it has taken `--step_s`, which
 stands for the computation of a real model. Without a pipeline a round takes a
 step, a round trip and what is lost on the way; with one of s rounds the steps
 hide s * step_s of that. A client keeps its compiled programs in a directory
-(JAX_COMPILATION_CACHE_DIR) that it finds when it is started again. Runs on a bad line are compared with those on a clean
-one (a proxy without limits, nobody killed) with the same pipeline.
+(JAX_COMPILATION_CACHE_DIR) that it finds when it is started again. Runs on a
+bad line are compared with those on a clean one (a proxy without limits, nobody
+killed) with the same pipeline.
 
 A condition runs for so many rounds that steps (and the round trip, without a
 pipeline) take `--minutes`. It hangs if it takes three times as long and five
