@@ -34,6 +34,7 @@ import logging as std_logging
 import os
 import pathlib
 import platform
+import signal
 import sys
 
 import jax
@@ -194,6 +195,8 @@ def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   std_logging.getLogger('nats').setLevel(std_logging.CRITICAL)
+  # as Ctrl-C, so that no process is left
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     rate = line_lib.parse_rate(_RATE.value)
   except ValueError as error:
