@@ -237,6 +237,8 @@ def main(argv):
         )
       except (OSError, RuntimeError) as error:
         sys.exit(f'error: {error}')
+      except KeyboardInterrupt:
+        sys.exit(130)
       result['rows'].append(row)
       compare(result['rows'])
       write_json(out / 'bad_line.json', result)

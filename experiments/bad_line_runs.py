@@ -143,7 +143,8 @@ class _Run:
     self._ahead = settings.ahead if pipelined else 0
     self._rounds = settings.rounds(bad, pipelined)
     self._plan = collections.deque(plan(settings) if bad else [])
-    self._absent = {e.client for e in self._plan if e.kind == 'join'}
+    joins = [e.client for e in self._plan if e.kind == 'join']
+    self._absent = {client for client in joins if client is not None}
     self._times = {}  # of records, by round
     self._hellos = []  # client, time
     self._events = []  # that happened
