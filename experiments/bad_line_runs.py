@@ -377,7 +377,7 @@ class _Run:
     took_part = [
       t
       for t, ids in zip(times, rounds, strict=False)
-      if t > started and client in ids
+      if heard and t > heard[0] and client in ids  # none from before
     ]
     since = lambda found: round(found[0] - started, 2) if found else None
     return {
