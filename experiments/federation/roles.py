@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 from nats.aio.client import Client
@@ -182,6 +183,7 @@ async def follow(
   *,
   own_data: bool,
   evaluate: bool,
+  make: Callable[..., site.Bench] = site.Bench,
 ) -> dict[str, Any]:
   """Takes part in a run to its end, as a client or a keeper.
 
@@ -191,6 +193,7 @@ async def follow(
     given: settings of this site.
     own_data: whether all of the data is this client's.
     evaluate: whether to evaluate base and result.
+    make: makes what this site runs.
 
   Returns:
     The summary, also in the directory.
@@ -205,7 +208,7 @@ async def follow(
   try:
     block = await client_lib.find(nc, names)
     header = records.read_header(block)
-    bench = site.Bench(names, client, header, given, own_data)
+    bench = make(names, client, header, given, own_data)
     bench.claim(place.directory)
     try:
       replica = Replica(

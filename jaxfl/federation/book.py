@@ -7,9 +7,11 @@ A client takes part once its handshake was accepted. A round is closed
   * or, `deadline_s` after the round before it was closed, with those that are
     there; with none, it stays open.
 
-A member that missed a round is not awaited again until it sends a message. The
+A member that missed a round is not awaited again until it sends a message for
+the open round, or, in a pipeline of s rounds, for one of the s before it: where
+the others are ahead, who is behind by a round trip would be late for ever. The
 first message of a client for a round counts, whatever comes later. Everything
-else is refused with a reason and counted; it has no other consequence.
+else is refused with a reason and counted.
 """
 
 import collections
@@ -162,6 +164,8 @@ class Book:
     except ValueError:
       return self._refuse(client, 'damaged')
     if round < self.round:
+      if round >= self.round - self.rules.pipeline:
+        member.awaited = True  # it can't catch up while nobody waits
       return self._refuse(client, LATE)
     if round > self.round + self.rules.pipeline:
       return self._refuse(client, 'wrong round')

@@ -125,6 +125,21 @@ def test_members_may_be_ahead_in_a_pipeline():
   assert found.rows().payload == np.full(2, 1, np.float32).tobytes()
 
 
+def test_who_is_late_by_the_pipeline_at_most_is_awaited():
+  found = opened(members=2, pipeline=2)
+  for round in range(4):  # without 1
+    found.message(0, frame(0, round), round)
+    assert found.due(0.0) == (round > 1)
+    found.closed(np.array([0]), 0.0)
+  found.message(0, frame(0, 4), 4)
+  assert found.message(1, frame(0, 1), 5) == book.LATE
+  assert found.due(0.0)  # too late
+  assert found.message(1, frame(0, 2), 6) == book.LATE
+  assert not found.due(9.0)
+  found.message(1, frame(0, 4), 7)
+  assert found.due(0.0)
+
+
 def test_handshakes():
   found = opened(members=0)
   other = handshake.encode(PASSPORT | {'config': 'd'})
