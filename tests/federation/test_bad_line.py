@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from experiments import bad_line, bad_line_runs
+from experiments import bad_line_report, bad_line_runs
 from experiments.federation import paced, process
 
 Settings = bad_line_runs.Settings
@@ -68,9 +68,9 @@ def test_table_and_picture(tmp_path):
     row('bad', 4, 1.94),
     row('bad', 0, None, hung='5 of 30 rounds are closed', equal=False),
   ]
-  bad_line.compare(rows)
+  bad_line_report.compare(rows)
   assert [r['of_clean'] for r in rows] == [1.0, 1.0, 0.97, None]
-  found = bad_line.table({'rows': rows})
+  found = bad_line_report.table({'rows': rows})
   cells = dict(
     zip((c.header for c in found.columns), found.columns, strict=True)
   )
@@ -81,7 +81,7 @@ def test_table_and_picture(tmp_path):
   assert of('rejected') == ['2'] * 4
   assert of('kills') == ['0', '0', '2', '2']
   assert of('digests') == ['equal', 'equal', 'equal', 'hung']
-  bad_line.draw({'rows': rows}, tmp_path / 'picture.png')
+  bad_line_report.draw({'rows': rows}, tmp_path / 'picture.png')
   assert (tmp_path / 'picture.png').stat().st_size > 10_000
 
 
