@@ -24,10 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import fine_tune, seeds_file
-from experiments.benchmarks import machine
+from experiments.benchmarks import machine, models
 from jaxfl import adapters, digest, pool
 from jaxfl.models import native, transformer
-from jaxfl.models.config import Config
 
 _OUT = flags.DEFINE_string(
   'out',
@@ -39,20 +38,11 @@ _REPEATS = flags.DEFINE_integer('repeats', 3, 'Rebuilds after the first.', 1)
 
 SEEDS = 4096
 TARGETS = {'rademacher': 60.0, 'walsh': 5.0}  # seconds at 125 M, on two cores
-# facebook/opt-125m
-_SHAPE = Config(
-  vocab_size=50272,
-  num_layers=12,
-  model_dim=768,
-  num_heads=12,
-  num_kv_heads=12,
-  head_dim=64,
+# facebook/opt-125m, beside OPT-1.3B
+_SHAPE = dataclasses.replace(
+  models.OPT, num_layers=12, model_dim=768, num_heads=12, num_kv_heads=12,
   mlp_dim=3072,
-  activation='relu',
-  max_positions=2048,
-  learned_positions=True,
-  position_offset=2,
-)
+)  # fmt: skip
 
 
 def make_file(model: pathlib.Path, distribution: str) -> seeds_file.Seeds:

@@ -4,7 +4,9 @@
   * 'xla_tiles': the same by tiles, for a CPU and tensors beyond its cache; not
     for 'walsh' and low-rank directions, which tiles would cut.
   * 'mosaic_tpu', 'mosaic_gpu': Pallas kernels for a TPU, and for an NVIDIA GPU
-    from Hopper on; 'rademacher' in float32 or bfloat16.
+    from Hopper on; 'rademacher' in float32 or bfloat16. On the GPU there is
+    one for whole Walsh pools, too, and rectangles may have directions of their
+    own if they are made of whole tiles.
 
 The bits of `add` and `add_units` are the same for all of them, except that
 tiles change the last bits of 'gaussian'. The sums of `project` are grouped

@@ -13,7 +13,7 @@ layouts, which that mode does not know, and for how an array becomes a Ref.
 
 The form of `pl.kernel` that updates a Ref in place is the same in JAX 0.10 and
 0.11, so there is no other case; what may change with the next version of JAX is
-in `run`, `in_place` and `_columns`.
+in `run`, `in_place` and `columns`.
 """
 
 import functools
@@ -107,7 +107,7 @@ def fits(plan, shape) -> bool:
 
 
 def _owners(plan, part) -> np.ndarray:
-  """int32[count]: the rectangle of every tile; len(rectangles) if none."""
+  """int32[tiles]: the rectangle of every tile; len(rectangles) if none."""
   number = np.arange(part.tiles)
   row = number // part.across * signs.GROUP + part.first
   col = number % part.across * COLS
