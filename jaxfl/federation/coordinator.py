@@ -128,9 +128,7 @@ async def coordinate(
       logging.info('the coordinator starts over: %r', error)
       await asyncio.sleep(stream.RETRY_S)
     finally:
-      keeping.cancel()
-      with contextlib.suppress(asyncio.CancelledError):
-        await keeping
+      await stream.end(keeping)
       await own.release()
   return status
 

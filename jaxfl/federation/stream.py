@@ -46,6 +46,19 @@ class Pause:
     self.seconds = min(2 * self.seconds, MAX_RETRY_S)
 
 
+async def end(task: asyncio.Task) -> None:
+  """Cancels a task until it has ended; raises what it raised otherwise.
+
+  Once is not enough: `asyncio.wait_for`, on which nats stands, drops what
+  cancels it in the moment of its result (Python 3.11).
+  """
+  while not task.done():
+    task.cancel()
+    await asyncio.wait([task], timeout=1.0)
+  if not task.cancelled():
+    task.result()
+
+
 async def make(
   js: JetStreamContext, names: Names, max_bytes: int, ahead: int = 0
 ) -> None:

@@ -1,7 +1,6 @@
 """Runs over a real server: equal to the simulator's, whatever breaks."""
 
 import asyncio
-import contextlib
 
 import numpy as np
 import pytest
@@ -9,7 +8,7 @@ import pytest
 from experiments.federation.line import BackgroundLine
 from jaxfl import digest as digest_lib
 from jaxfl import log
-from jaxfl.federation import client, provision
+from jaxfl.federation import client, provision, stream
 from jaxfl.federation.server import LocalServer
 from tests.federation.harness import NAMES, Toy, needs_server, programs, run
 
@@ -78,11 +77,24 @@ async def until(toy, round):
     await asyncio.sleep(0.01)
 
 
-async def killed(task):
-  """Ends a task where it is, as a crash would."""
-  task.cancel()
-  with contextlib.suppress(asyncio.CancelledError):
-    await task
+def test_a_task_that_drops_its_cancellation_is_ended():
+  async def stubborn(dropped):
+    while True:
+      try:
+        await asyncio.sleep(60)
+      except asyncio.CancelledError:
+        if dropped:
+          raise
+        dropped.append(True)
+
+  async def main():
+    dropped = []
+    task = asyncio.create_task(stubborn(dropped))
+    await asyncio.sleep(0)
+    await stream.end(task)
+    return dropped, task.cancelled()
+
+  assert run(main()) == ([True], True)
 
 
 def test_coordinators_and_clients_come_and_go(server, tmp_path):
@@ -97,8 +109,8 @@ def test_coordinators_and_clients_come_and_go(server, tmp_path):
     await until(toy, 5)
     second = asyncio.create_task(toy.coordinate())
     await asyncio.sleep(0.2)  # it stands by
-    await killed(first)
-    await killed(crashes)
+    await stream.end(first)
+    await stream.end(crashes)
     await until(toy, toy.statuses[-1].round + 3)
     late = asyncio.create_task(toy.follow(3))
     back = asyncio.create_task(toy.follow(1))
