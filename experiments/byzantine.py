@@ -5,8 +5,8 @@
 10 clients, of which a fraction sends what `jaxfl.byzantine` says, by method and
 aggregator; `probe` is the mean with weights of `jaxfl.probe`, `oracle` that of
 the honest clients alone. Writes `experiments/results/byzantine.json` and
-`byzantine.png`, and prints the table. What the JSON file holds is kept: delete
-it to start anew.
+`byzantine.png`, and prints the table. Runs that the JSON file holds are not
+made again: delete it to start anew.
 """
 
 import json
@@ -27,11 +27,6 @@ _DATA_DIR = flags.DEFINE_string(
 )
 _SEEDS = flags.DEFINE_integer('seeds', 3, 'Seeds 0, 1, ...', lower_bound=1)
 _JOBS = flags.DEFINE_integer('jobs', 1, 'Processes at once.', lower_bound=1)
-_FRACTIONS = flags.DEFINE_list(
-  'fractions',
-  [str(x) for x in byzantine_runs.FRACTIONS],
-  'Of clients that lie, for what is not yet in the result.',
-)
 _OUT = flags.DEFINE_string('out', 'experiments/results', 'Where results go.')
 _ALL = (*byzantine.ATTACKS, byzantine_runs.TURNCOAT)
 
@@ -109,6 +104,20 @@ def draw(result, path: pathlib.Path) -> None:
   plt.close(figure)
 
 
+def missing(rows, num_seeds: int, data_dir: str):
+  """What is to be run beside the rows that are there."""
+  names = ('method', 'seed', 'aggregator', 'attack', 'fraction')
+  done = {tuple(row[name] for name in names) for row in rows}
+  settings = []
+  for seed in range(num_seeds):
+    for method in byzantine_runs.METHODS:
+      jobs = byzantine_runs.jobs(method)
+      jobs = tuple(job for job in jobs if (method, seed, *job) not in done)
+      if jobs:
+        settings.append(byzantine_runs.Setting(method, seed, data_dir, jobs))
+  return settings
+
+
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
@@ -125,15 +134,7 @@ def main(argv):
   }
   if path.exists():  # goes on
     result['rows'] = json.loads(path.read_text())['rows']
-  done = {(row['method'], row['seed']) for row in result['rows']}
-  settings = [
-    byzantine_runs.Setting(
-      method, seed, _DATA_DIR.value, tuple(map(float, _FRACTIONS.value))
-    )
-    for seed in range(_SEEDS.value)
-    for method in byzantine_runs.METHODS
-    if (method, seed) not in done
-  ]
+  settings = missing(result['rows'], _SEEDS.value, _DATA_DIR.value)
   for rows in byzantine_runs.run(settings, _JOBS.value):
     result['rows'] += rows
     write_json(path, result)

@@ -59,15 +59,6 @@ AGGREGATORS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
-class Setting(NamedTuple):
-  """A method and a seed, whose runs share data and the clients' program."""
-
-  method: str
-  seed: int
-  data_dir: str
-  fractions: tuple[float, ...] = FRACTIONS
-
-
 class Job(NamedTuple):
   """What the clients of a run do, and what is done about it."""
 
@@ -76,9 +67,18 @@ class Job(NamedTuple):
   fraction: float
 
 
-def jobs(method: str, fractions: Sequence[float]) -> list[Job]:
+class Setting(NamedTuple):
+  """Runs of a method and a seed, which share data and the clients' program."""
+
+  method: str
+  seed: int
+  data_dir: str
+  jobs: tuple[Job, ...]
+
+
+def jobs(method: str) -> list[Job]:
   """The runs of a method."""
-  found = []
+  found, fractions = [], FRACTIONS
   for aggregator in AGGREGATORS[method]:
     attacks: tuple[str, ...] = byzantine.ATTACKS
     if aggregator == 'probe':
@@ -209,7 +209,7 @@ def execute(setting: Setting) -> list[dict[str, Any]]:
   """Makes the runs of a setting."""
   runs, rows = Runs(setting), []
   built = functools.cache(runs.built)
-  for job in jobs(setting.method, setting.fractions):
+  for job in setting.jobs:
     rows.append(runs.run(job, *built(job.aggregator)))
   return rows
 

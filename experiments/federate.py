@@ -36,7 +36,8 @@ _ROLE = flags.DEFINE_enum(
   ['local', 'provision', 'coordinator', 'client', 'keeper'],
   'local: a server, a coordinator and clients on this machine. provision: keys'
   ' and the configuration of a server. coordinator: closes the rounds. client:'
-  ' takes part. keeper: follows, and stores snapshots for those who come late.',
+  ' takes part. keeper: follows, stores snapshots for those who come late, and'
+  ' probes.',
 )
 _RUN = flags.DEFINE_string('run', 'run', 'Name of the run.')
 _SERVER = flags.DEFINE_string(
@@ -81,6 +82,13 @@ _DIGEST_EVERY = flags.DEFINE_integer(
 _MONITOR_PORT = flags.DEFINE_integer(
   'monitor_port', None, 'Shows the run on http://127.0.0.1:PORT, read-only.'
 )
+_PROBE = flags.DEFINE_bool(
+  'probe',
+  False,
+  'keeper: check on own data what clients claim. coordinator: weigh clients by'
+  ' what the keeper found; without a keeper nobody counts. local: both,'
+  ' on the data of client 0.',
+)
 _CLIENTS = flags.DEFINE_integer('clients', None, 'Of --role=provision.')
 _HOSTS = flags.DEFINE_list(
   'hosts', [], 'Names and addresses of the server, for its certificate.'
@@ -109,6 +117,7 @@ def _coordination() -> roles.Coordination:
     pipeline=_PIPELINE.value,
     digest_every=_DIGEST_EVERY.value,
     monitor_port=_MONITOR_PORT.value,
+    probe=_PROBE.value,
   )
 
 
@@ -131,6 +140,8 @@ def run(role: str) -> None:
   if role in ('client', 'keeper'):
     if (role == 'client') != (_CLIENT.value is not None):
       raise UsageError('--client is needed by --role=client, and for it alone')
+    if role == 'client' and _PROBE.value:
+      raise UsageError('--probe is for the coordinator and the keeper')
     own = {name: getattr(config, name) for name in given}
     asyncio.run(
       roles.follow(
@@ -139,6 +150,7 @@ def run(role: str) -> None:
         own,
         own_data=_OWN_DATA.value,
         evaluate=_EVALUATE.value,
+        probes=_PROBE.value,
       )
     )
   elif role == 'coordinator':

@@ -33,7 +33,7 @@ examples alone. If clients' data differ from them, so do their slopes.
 
 import dataclasses
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -95,6 +95,7 @@ class Trust:
     share: float = 0.05,
     burst: int = 4,
     decay: float = 0.98,
+    slope: Callable[..., jax.Array] | None = None,
   ):
     """Starts with no trust in anybody.
 
@@ -108,6 +109,8 @@ class Trust:
       burst: messages of a client that are probed before it is a matter of
         chance; at most half of the budget goes there.
       decay: weight of a probe after the next one.
+      slope: compiled, in place of that of `method.probe`, whose loss may need
+        arguments of its own.
 
     Raises:
       ValueError: naming the argument that is out of range, or for a method
@@ -136,7 +139,7 @@ class Trust:
       return directions, estimators.unit_length(claimed), claimed
 
     self._claims = jax.jit(jax.vmap(claims, (None, 0, 0)))
-    self._slope = jax.jit(method.probe.slope)
+    self._slope = slope or jax.jit(method.probe.slope)
     self._cost = method.probe.forwards
     self._batch_fn = batch_fn
     key = keys.stream(root, 'probe')
@@ -154,6 +157,45 @@ class Trust:
     self._squares = np.zeros(2)  # discounted sum of squares, and count
     self.records: dict[int, Record] = {}
     self.probes = 0
+
+  def saved(self) -> dict[str, Any]:
+    """What it knows, for JSON and `restore`, but for messages that wait."""
+    return {
+      'signal': self._signal,
+      'squares': self._squares.tolist(),
+      'probes': self.probes,
+      'records': {
+        str(client): [record.total, record.variance, record.messages]
+        for client, record in self.records.items()
+      },
+    }
+
+  def restore(self, saved: Mapping[str, Any]) -> None:
+    """Goes on from `saved`; raises ValueError, KeyError or TypeError if not."""
+    self.records = {
+      int(client): Record(float(total), float(variance), int(messages))
+      for client, (total, variance, messages) in saved['records'].items()
+    }
+    self._signal = float(saved['signal'])
+    self._squares = np.array(saved['squares'], float).reshape(2)
+    self.probes = int(saved['probes'])
+
+  def levels(self, num_clients: int) -> bytes:
+    """The level of every client, a byte each."""
+    return bytes(
+      self.records.get(i, Record()).level for i in range(num_clients)
+    )
+
+  @property
+  def limit(self) -> float:
+    """The largest claim that counts: root mean square of its scalars."""
+    return MOST * self._scale
+
+  @property
+  def _scale(self) -> float:
+    """The usual size of slopes; 1 before the first."""
+    squares, count = self._squares
+    return float(np.sqrt(squares / count)) if squares > 0 else 1.0
 
   @property
   def forwards(self) -> int:
@@ -196,8 +238,7 @@ class Trust:
         slopes[client] = self._probe(state, record, round)
     self._squares *= _SCALE_DECAY
     self._squares += sum(x * x for x in slopes.values()), len(slopes)
-    squares, count = self._squares
-    scale = float(np.sqrt(squares / count)) if squares > 0 else 1.0
+    scale = self._scale
     signal, trusted = max(self._signal, _LEAST_SIGNAL), []
     for client, slope in slopes.items():
       record = self.records[client]
@@ -209,7 +250,7 @@ class Trust:
       self._signal += _SIGNAL_RATE * (found - self._signal)
     sizes = np.sqrt(np.mean(np.square(np.nan_to_num(claims), dtype=float), 1))
     levels = np.array([self.records[i].level for i in ids.tolist()])
-    weights = np.asarray(cohort.weight) * levels * (sizes <= MOST * scale)
+    weights = np.asarray(cohort.weight) * levels * (sizes <= self.limit)
     if weights.max() >= 2**24:
       raise ValueError(
         f'weights of trust must be below 2**24, got {weights.max():.0f}: lower'

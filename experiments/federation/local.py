@@ -24,17 +24,21 @@ _EVERY_S = 10.0  # between lines, where there is no terminal
 
 
 class Child:
-  """A client in a process of its own; what it says goes to a file."""
+  """A client or keeper in a process; what it says goes to a file."""
 
-  def __init__(self, client: int, directory: pathlib.Path, arguments: list):
-    self.client, self.directory = client, directory / f'client-{client}'
+  def __init__(
+    self, client: int | None, directory: pathlib.Path, arguments: list
+  ):
+    self.client = client
+    self.name = 'keeper' if client is None else f'client-{client}'
+    self.directory = directory / self.name
     self.directory.mkdir(parents=True, exist_ok=True)
     self.output = self.directory / 'output.txt'
     with open(self.output, 'ab') as out:
       self.process = subprocess.Popen(
         [
           *(sys.executable, '-m', 'experiments.federate', *arguments),
-          *(f'--client={client}', f'--workdir={self.directory}'),
+          f'--workdir={self.directory}',
         ],
         stdin=subprocess.DEVNULL,
         stdout=out,
@@ -77,6 +81,8 @@ async def run(
       f'{directory} already holds a run; choose another --workdir'
     )
   how.of(config.num_clients, how.pipeline)  # before any work
+  if how.probe:
+    site.check_probe(config)
   workdir_lib.claim(workdir, config)
   try:
     (directory / 'server').mkdir(exist_ok=True)
@@ -84,11 +90,13 @@ async def run(
   except FileNotFoundError as error:
     raise UsageError(str(error)) from error
   with server, contextlib.ExitStack() as stack:
-    arguments = ['--role=client', f'--run={_RUN}', f'--server={server.url}']
     children = []
-    for client in range(config.num_clients):
-      extra = [] if client == 0 else ['--noevaluate']
-      child = Child(client, directory, arguments + extra)
+    for client in (*range(config.num_clients), *([None] if how.probe else [])):
+      part = ['--role=client', f'--client={client}']
+      part = part if client is not None else ['--role=keeper', '--probe']
+      part += [] if client == 0 else ['--noevaluate']
+      arguments = [*part, f'--run={_RUN}', f'--server={server.url}']
+      child = Child(client, directory, arguments)
       stack.callback(child.stop)
       children.append(child)
     place = roles.Place(
@@ -120,7 +128,8 @@ async def _until_done(work, children):
   """Waits for the coordinator, then for the clients."""
   while not work.done():
     await asyncio.wait([work], timeout=0.5)
-    codes = [child.process.poll() for child in children]
+    clients = [child for child in children if child.client is not None]
+    codes = [child.process.poll() for child in clients]
     if all(code is not None for code in codes) and not work.done():
       await asyncio.wait([work], timeout=20.0)
       if not work.done():
@@ -157,6 +166,10 @@ def _summary(children, status, config):
   }
 
 
+def _level(child, status):
+  return '' if child.client is None else str(status.levels[child.client])
+
+
 def _table(children, status, summary=None) -> Table:
   """Everything on one page."""
   table = Table(
@@ -164,7 +177,8 @@ def _table(children, status, summary=None) -> Table:
     f'up {report.amount(status.bytes_up)}, down'
     f' {report.amount(status.bytes_down)} each'
   )
-  for name in ('client', 'process', 'member', 'refused', 'digest at the end'):
+  names = ['', 'process', 'member', 'refused', 'digest at the end']
+  for name in names + (['trust'] if status.levels else []):
     table.add_column(name, justify='right')
   for child in children:
     code = child.process.poll()
@@ -173,11 +187,12 @@ def _table(children, status, summary=None) -> Table:
     )
     found = None if summary is None else site.read_summary(child.directory)
     table.add_row(
-      str(child.client),
+      child.name,
       process,
       'yes' if child.client in status.members else '',
       str(sum(status.refused.get(child.client, {}).values()) or ''),
       '' if found is None else found['digest'][:16],
+      *([_level(child, status)] if status.levels else []),
     )
   lines = [f'{k} {v:.4f}' for k, v in list(status.losses.items())[-1:]]
   if lines:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator, Callable
 
 from experiments import report
 from experiments.config import UsageError
+from jaxfl import probe
 from jaxfl.federation.coordinator import Status
 
 _REQUEST_S = 5.0
@@ -101,6 +102,9 @@ def page(status: Status, run: str) -> str:
     'bytes down, each replica': report.amount(status.bytes_down),
     **refused,
   }
+  if status.levels:
+    levels = (f'{i}: {level}' for i, level in enumerate(status.levels))
+    rows[f'trust of clients, 0 to {probe.LEVELS}'] = ', '.join(levels)
   if status.attested:
     last = max(status.attested)
     digest = status.attested[last] or 'replicas differ'

@@ -16,7 +16,7 @@ from experiments import progress, report
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError
 from experiments.federation import monitor, site
-from jaxfl import digest
+from jaxfl import digest, probe
 from jaxfl.federation import book, connect, coordinator, records
 from jaxfl.federation import client as client_lib
 from jaxfl.federation.names import Names
@@ -64,12 +64,14 @@ class Coordination:
     pipeline: rounds that clients may be ahead of the log.
     digest_every: rounds between two comparisons of digests.
     monitor_port: of a page that shows the run; None for none.
+    probe: whether to weigh clients by the probes of a keeper.
   """
 
   rules: dict[str, Any]
   pipeline: int
   digest_every: int
   monitor_port: int | None = None
+  probe: bool = False
 
   def of(self, num_clients: int, pipeline: int) -> book.Rules:
     """Raises UsageError naming the flag that is wrong."""
@@ -101,10 +103,14 @@ async def coordinate(
   names, header = place.names, None
   if config is not None:
     how.of(config.num_clients, how.pipeline)  # before any work
+    if how.probe:
+      site.check_probe(config)
     header = site.header_of(config, how.pipeline, how.digest_every)
   nc = await place.connect()
   there = header or records.read_header(await client_lib.find(nc, names))
   run = site.config_of(there)
+  if how.probe:
+    site.check_probe(run)
   rules = how.of(run.num_clients, there.config['pipeline'])
   plan = coordinator.Plan(
     names=names,
@@ -113,6 +119,7 @@ async def coordinate(
     shared=site.shared_of,
     usable=site.usable,
     num_rounds=lambda header: site.config_of(header).num_rounds,
+    size=site.size if how.probe else None,
   )
   try:
     async with monitor.serve(how.monitor_port, names.run) as page:
@@ -168,6 +175,9 @@ def show(status: coordinator.Status) -> None:
   for client, counts in sorted(status.refused.items()):
     text = ', '.join(f'{n} {reason}' for reason, n in counts.items())
     table.add_row(f'refused of client {client}', text)
+  if status.levels:
+    levels = ', '.join(f'{i}: {x}' for i, x in enumerate(status.levels))
+    table.add_row(f'trust of clients, 0 to {probe.LEVELS}', levels)
   if status.attested:
     last = max(status.attested)
     table.add_row(
@@ -183,6 +193,7 @@ async def follow(
   *,
   own_data: bool,
   evaluate: bool,
+  probes: bool = False,
   make: Callable[..., site.Bench] = site.Bench,
 ) -> dict[str, Any]:
   """Takes part in a run to its end, as a client or a keeper.
@@ -193,6 +204,7 @@ async def follow(
     given: settings of this site.
     own_data: whether all of the data is this client's.
     evaluate: whether to evaluate base and result.
+    probes: whether to probe what clients claim; of a keeper.
     make: makes what this site runs.
 
   Returns:
@@ -210,6 +222,10 @@ async def follow(
     header = records.read_header(block)
     bench = make(names, client, header, given, own_data)
     bench.claim(place.directory)
+    here = bench.site
+    if probes:
+      judge = bench.judge(place.directory / 'probes.json')
+      here = dataclasses.replace(here, judge=judge)
     try:
       replica = Replica(
         bench.method,
@@ -229,7 +245,7 @@ async def follow(
         advance(done.round, f'{loss}up {report.amount(done.bytes_up)}')
 
       try:
-        done = await client_lib.follow(nc, bench.site, replica, watch)
+        done = await client_lib.follow(nc, here, replica, watch)
       except client_lib.Refused as error:
         raise UsageError(f'this site does not fit the run: {error}') from error
       finally:

@@ -13,10 +13,10 @@ import numpy as np
 from experiments import build, defaults, problem, run_log
 from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError, from_mapping
-from jaxfl import checkpoint, log
+from jaxfl import checkpoint, keys, log, probe
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.federation import book
+from jaxfl.federation import book, verdict
 from jaxfl.federation.client import Site
 from jaxfl.federation.names import Names
 from jaxfl.models import native
@@ -106,6 +106,21 @@ def usable(header: log.Header) -> Callable[[jt.Message], bool]:
   return book.usable(build.build_method(config_of(header), build.no_loss))
 
 
+def size(header: log.Header) -> Callable[[jt.Message], float]:
+  """The size of a message of the run, for `coordinator.Plan`."""
+  return book.size(build.build_method(config_of(header), build.no_loss))
+
+
+def check_probe(config: Config) -> None:
+  """Raises UsageError for a run whose messages can't be probed."""
+  if build.build_method(config, build.no_loss).probe is None:
+    raise UsageError(
+      f'--probe: method {config.method} with these settings sends nothing that'
+      ' a probe can check; methods spsa, fedkseed and decomfl do, without'
+      ' privacy'
+    )
+
+
 class Bench:
   """A site's problem and programs.
 
@@ -149,9 +164,7 @@ class Bench:
     check(config, method, pipeline)
     programs = simulate.compile_method(
       method,
-      build=lambda frozen: build.build_method(
-        config, functools.partial(found.loss_fn, frozen)
-      ),
+      build=self._built,
       frozen=found.frozen,
       donate=True,
     )
@@ -174,6 +187,39 @@ class Bench:
       pipeline=pipeline,
       digest_every=header.config['digest_every'],
     )
+
+  def _built(self, frozen: Any) -> method_lib.Method:
+    """The method with its loss, of weights that are not trained."""
+    loss_fn = functools.partial(self.problem.loss_fn, frozen)
+    return build.build_method(self.config, loss_fn)
+
+  def judge(self, path: pathlib.Path) -> verdict.Judge:
+    """Probes on this site's data, for the whole run.
+
+    Args:
+      path: of the file that keeps what they found.
+
+    Raises:
+      UsageError: if the messages of the run can't be probed.
+    """
+    config, frozen = self.config, self.problem.frozen
+    check_probe(config)
+
+    @jax.jit
+    def slope(frozen, *args):
+      checks = self._built(frozen).probe
+      assert checks is not None
+      return checks.slope(*args)
+
+    trust = probe.Trust(
+      self.method,
+      lambda round: jax.tree.map(lambda x: x[0], self.site.batch_fn(round)),
+      keys.root(config.seed),
+      num_messages=config.num_rounds * config.num_clients,
+      num_clients=config.num_clients,
+      slope=functools.partial(slope, frozen),
+    )
+    return verdict.Judge(trust, config.num_clients, path)
 
   def claim(self, directory: pathlib.Path) -> None:
     """Makes a directory one that `experiments.replay` understands.

@@ -7,6 +7,9 @@ A client takes part once its handshake was accepted. A round is closed
   * or, `deadline_s` after the round before it was closed, with those that are
     there; with none, it stays open.
 
+Where a keeper weighs the clients (`verdict`), its verdict on the rounds before
+is awaited like a message, and the first round is not closed without one.
+
 A member that missed a round is not awaited again until it sends a message for
 the open round, or, in a pipeline of s rounds, for one of the s before it: where
 the others are ahead, who is behind by a round trip would be late for ever. The
@@ -26,6 +29,7 @@ from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl import wire
 from jaxfl.federation import handshake, records
+from jaxfl.federation import verdict as verdict_lib
 
 # why a message was refused
 LATE = 'late'  # its round is closed; no fault of the client's
@@ -81,6 +85,14 @@ def usable(method: method_lib.Method) -> Callable[[jt.Message], bool]:
   )
 
 
+def size(method: method_lib.Method) -> Callable[[jt.Message], float]:
+  """Root mean square of the scalars of a message, as `probe.Trust` has it."""
+  values = method.values
+  assert values is not None
+  square = lambda x: np.square(np.nan_to_num(np.asarray(x)), dtype=float)
+  return lambda message: float(np.sqrt(np.mean(square(values(message)))))
+
+
 class Member:
   """A client with an accepted handshake."""
 
@@ -97,6 +109,7 @@ class Book:
     members: by client id.
     refused: counts of reasons, by client id.
     round: the open one.
+    verdict: the last that came.
   """
 
   def __init__(
@@ -105,6 +118,7 @@ class Book:
     passport: handshake.Passport,
     like: jt.Message,
     usable: Callable[[jt.Message], bool] = lambda message: True,
+    size: Callable[[jt.Message], float] | None = None,
     *,
     round: int = 0,
     now: float = 0.0,
@@ -114,6 +128,8 @@ class Book:
     passport: of the run, see `handshake`.
     like: shape of a message, a pytree of `ShapeDtypeStruct`.
     usable: whether a message of the right shape says anything.
+    size: of a message, to weigh clients by verdicts (`verdict`); None to weigh
+      all alike.
     round: the open one.
     now: seconds; when it was opened.
     """
@@ -123,9 +139,13 @@ class Book:
       collections.Counter
     )
     self._passport, self._like, self._usable = passport, like, usable
+    self._size = size
+    self.verdict: verdict_lib.Verdict | None = None
+    self._keeper_awaited = size is not None
     self._spec = wire.describe(like)
     self._opened = now
     self._rows: dict[int, dict[int, bytes]] = {}  # by round and client
+    self._sizes: dict[tuple[int, int], float] = {}  # by round and client
     self._positions: dict[int, int] = {}  # in the stream, of the first by round
 
   # What arrives.
@@ -181,9 +201,40 @@ class Book:
       same = rows[client] == row
       return self._refuse(client, REPEATED if same else 'contradicts')
     rows[client] = row
+    if self._size is not None:
+      self._sizes[round, client] = self._size(message)
     member.awaited = True
     self._positions.setdefault(round, position)
     return None
+
+  def judged(self, data: bytes) -> str | None:
+    """A keeper's verdict; returns why it was refused."""
+    if self._size is None:
+      return None
+    try:
+      verdict = verdict_lib.decode(data, self.rules.num_clients)
+    except ValueError as error:
+      return str(error)
+    if self.verdict is None or verdict.round >= self.verdict.round:
+      self.verdict = verdict
+    if self._judged:
+      self._keeper_awaited = True
+    return None
+
+  @property
+  def _judged(self) -> bool:
+    """Whether a keeper has judged what it can have seen."""
+    seen = self.round - self.rules.pipeline
+    return self.verdict is not None and self.verdict.round >= seen
+
+  def _weight(self, client: int) -> int:
+    """Of a client's message for the open round."""
+    if self._size is None:
+      return 1
+    if self.verdict is None:
+      return 0
+    small = self._sizes[self.round, client] <= self.verdict.limit
+    return self.verdict.levels[client] if small else 0
 
   def _refuse(self, client, reason):
     self.refused[client][reason] += 1
@@ -208,9 +259,12 @@ class Book:
     """Whether the open round is to be closed."""
     if self.round == 0 and len(self.members) < self.rules.min_clients:
       return False
+    if self.round == 0 and self._keeper_awaited and self.verdict is None:
+      return False
     if not self.arrived:
       return False
-    if self.arrived >= self.awaited:
+    all_there = self._judged or not self._keeper_awaited
+    if all_there and self.arrived >= self.awaited:
       return True
     return now >= self._opened + self.rules.deadline_s
 
@@ -223,7 +277,8 @@ class Book:
     rows = dict(sorted(self._rows.get(self.round, {}).items()))
     ids = np.array(list(rows), np.int32)
     payload = b''.join(rows.values())
-    return records.Rows(self.round, ids, np.ones(len(ids), np.float32), payload)
+    weights = np.array([self._weight(client) for client in rows], np.float32)
+    return records.Rows(self.round, ids, weights, payload)
 
   def position(self, read: int) -> int:
     """Up to where a successor need not read again, `read` having been read.
@@ -235,7 +290,10 @@ class Book:
 
   def closed(self, ids: np.ndarray, now: float) -> None:
     """Goes on to the next round, after one that the log has with these ids."""
-    self._rows.pop(self.round, None)
+    if not self._judged:
+      self._keeper_awaited = False
+    for client in self._rows.pop(self.round, ()):
+      self._sizes.pop((self.round, client), None)
     self._positions.pop(self.round, None)
     present = set(ids.tolist())
     for client, member in self.members.items():

@@ -24,7 +24,14 @@ from nats.aio.client import Client
 from jaxfl import log, wire
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
-from jaxfl.federation import coordinator, direct, handshake, records, stream
+from jaxfl.federation import (
+  coordinator,
+  direct,
+  handshake,
+  records,
+  stream,
+  verdict,
+)
 from jaxfl.federation.names import Names
 from jaxfl.federation.replica import (
   Replica,
@@ -63,6 +70,7 @@ class Site:
     num_rounds: of the run.
     pipeline: rounds that a message may be ahead of the log.
     digest_every: rounds between two comparisons of digests.
+    judge: of a keeper that probes what clients claim; None for no probes.
     tamper: round, message -> what is sent in its place; of liars, in tests.
   """
 
@@ -76,6 +84,7 @@ class Site:
   num_rounds: int
   pipeline: int
   digest_every: int
+  judge: verdict.Judge | None = None
   tamper: Callable[[int, jt.Message], jt.Message] | None = None
 
 
@@ -169,6 +178,8 @@ class _Follower:
         await self._thread(self._compute, replica.round, replica.state)
         await stream.publish(self._js, hello, self._passport())
         self._said = True
+      if site.judge is not None:
+        self._publish(names.trust, site.judge.verdict())
       try:
         while replica.round < site.num_rounds:
           if self._may_compute():
@@ -273,6 +284,8 @@ class _Follower:
 
   async def _step(self):
     replica, site = self._replica, self._site
+    if site.judge is not None:
+      await self._judge()
     await self._thread(replica.step)
     self._progress.round = round = replica.round
     if round % site.digest_every == 0 or round == site.num_rounds:
@@ -283,10 +296,20 @@ class _Follower:
       if round > self._attested_last():
         await self._report(round, digest)
       await self._thread(replica.save)
+      if site.judge is not None:
+        site.judge.save()
       if site.client is None:
         self._packed[round] = await self._thread(replica.pack)
         self._packed = dict(sorted(self._packed.items())[-2:])
     self._watch(self._progress)
+
+  async def _judge(self):
+    """Probes what clients claim in the next round; tells whom to trust."""
+    replica, judge = self._replica, self._site.judge
+    record = replica.log.read(replica.round, replica.like)
+    await self._thread(judge.judge, replica.state, record)
+    if judge.round == replica.log.num_rounds:
+      self._publish(self._site.names.trust, judge.verdict())
 
   def _attested_last(self):
     return max(self._attested, default=-1)
@@ -391,7 +414,9 @@ class _Follower:
       self._send('up', data)
 
   def _send(self, kind, data):
-    subject = self._site.names.sent(kind, self._site.client)
+    self._publish(self._site.names.sent(kind, self._site.client), data)
+
+  def _publish(self, subject, data):
     task = asyncio.ensure_future(stream.publish(self._js, subject, data))
     self._sending.add(task)
     task.add_done_callback(self._sent)

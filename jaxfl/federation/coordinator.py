@@ -45,6 +45,8 @@ class Plan:
     usable: header -> whether a message says anything, see `book.Book`.
     num_rounds: rounds of the run, from its header.
     lease_s: seconds after which a silent coordinator is replaced.
+    size: header -> the size of a message, to weigh clients by the verdicts of
+      a keeper, see `book.Book`; None to weigh all alike.
   """
 
   names: Names
@@ -54,6 +56,7 @@ class Plan:
   usable: Callable[[log.Header], Callable[[jt.Message], bool]]
   num_rounds: Callable[[log.Header], int]
   lease_s: float = 5.0
+  size: Callable[[log.Header], Callable[[jt.Message], float]] | None = None
 
 
 @dataclasses.dataclass
@@ -68,6 +71,7 @@ class Status:
     refused: counts of reasons by client.
     losses: mean loss that members reported, by round.
     attested: digests by round, 16 hex digits; None where members differed.
+    levels: of trust by client, of the last verdict; empty without one.
     done: whether all rounds are closed.
   """
 
@@ -79,6 +83,7 @@ class Status:
   refused: dict[int, dict[str, int]] = dataclasses.field(default_factory=dict)
   losses: dict[int, float] = dataclasses.field(default_factory=dict)
   attested: dict[int, str | None] = dataclasses.field(default_factory=dict)
+  levels: tuple[int, ...] = ()
   done: bool = False
 
 
@@ -177,6 +182,7 @@ class _Office:
       handshake.passport(header, self._plan.shared(header)),
       like_of(header.message),
       self._plan.usable(header),
+      self._plan.size and self._plan.size(header),
       round=tail.round,
       now=time.monotonic(),
     )
@@ -198,7 +204,8 @@ class _Office:
     if header is not None:
       ahead = self._plan.rules.pipeline
       self._check_size(header)
-      await stream.make(self._js, names, max_bytes(header), ahead)
+      longest = max(max_bytes(header), 16 + self._plan.rules.num_clients)
+      await stream.make(self._js, names, longest, ahead)
     last = await stream.last_sequence(self._js, names.log_stream, names.log)
     if not last:
       if header is None:
@@ -255,7 +262,7 @@ class _Office:
     self._status.bytes_down += size
 
   async def _greet(self):
-    """The clients that are there already: the last that each has said."""
+    """Who is there already: the last that each has said."""
     name, subject = self._names.up_stream, self._names.sent('hello', '*')
     info = await self._js.stream_info(name, subjects_filter=subject)
     for said in sorted(info.state.subjects or {}):
@@ -265,6 +272,9 @@ class _Office:
         reason = self._book.hello(found[1], last.data or b'', time.monotonic())
         if reason is not None:
           logging.warning('client %d: hello refused: %s', found[1], reason)
+    with contextlib.suppress(NotFoundError):
+      last = await self._js.get_last_msg(name, self._names.trust)
+      self._judged(last.data or b'')
     # what they said after `self._read` is read again
 
   async def _listen(self, reader, wait_s):
@@ -282,7 +292,15 @@ class _Office:
     self._answers.clear()
     self._tell()
 
+  def _judged(self, data):
+    reason = self._book.judged(data)
+    if reason is not None:
+      logging.warning('a verdict is refused: %s', reason)
+
   def _take(self, message):
+    if message.subject == self._names.trust:
+      self._judged(message.data)
+      return
     found = self._names.sender(message.subject)
     if found is None:
       return
@@ -384,5 +402,7 @@ class _Office:
   def _tell(self):
     status = self._status
     status.members = tuple(sorted(self._book.members))
+    if self._book.verdict is not None:
+      status.levels = tuple(self._book.verdict.levels)
     status.refused = {c: dict(n) for c, n in self._book.refused.items()}
     self._watch(status)

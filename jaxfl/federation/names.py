@@ -1,6 +1,7 @@
 """What a run is called on the server: streams, subjects, buckets.
 
-    RUN_up     RUN.hello.ID, RUN.up.ID, RUN.digest.ID: what clients send
+    RUN_up     RUN.hello.ID, RUN.up.ID, RUN.digest.ID: what clients send;
+               RUN.trust: what a keeper's probes say of them
     RUN_log    RUN.log: the header of the log and its records, nothing else;
                RUN.note: what the coordinator has to say beside them
     RUN_lease  key-value bucket: who is the coordinator
@@ -50,6 +51,10 @@ class Names:
   @property
   def note(self) -> str:
     return f'{self.run}.note'
+
+  @property
+  def trust(self) -> str:
+    return f'{self.run}.trust'
 
   @property
   def lease(self) -> str:

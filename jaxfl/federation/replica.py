@@ -27,6 +27,7 @@ class Replica:
   Attributes:
     log: a `RoundLog`; it holds all rounds that were received.
     tail: its end, see `records`.
+    like: the shape of a message.
     state: the public state after `round` rounds.
     round: rounds that were applied.
   """
@@ -58,7 +59,7 @@ class Replica:
     self._server, self._slots = server, num_slots
     directory = pathlib.Path(directory)
     self.tail = records.Tail(block)
-    self._like = method.message(jax.eval_shape(params))
+    self.like = method.message(jax.eval_shape(params))
     path = directory / LOG
     if path.exists():
       self.log = log.RoundLog.open(path, 'a')
@@ -95,7 +96,7 @@ class Replica:
     rows = self.tail.take(data, headers)
     if rows is None:
       return False
-    messages = rows.messages(self.log.header.message, self._like)
+    messages = rows.messages(self.log.header.message, self.like)
     self.log.append(rows.round, rows.ids, rows.weights, messages)
     return True
 
@@ -178,7 +179,7 @@ class Replica:
     """A round without clients."""
     none = lambda x: np.zeros((0, *x.shape), x.dtype)
     ids, weights = np.zeros(0, np.int32), np.zeros(0, np.float32)
-    return log.Record(0, ids, weights, jax.tree.map(none, self._like))
+    return log.Record(0, ids, weights, jax.tree.map(none, self.like))
 
   def _apply(self, record):
     padded = simulate.pad(
@@ -192,7 +193,7 @@ class Replica:
     Raises:
       FloatingPointError: if a weight has left its range.
     """
-    record = self.log.read(self.round, self._like)
+    record = self.log.read(self.round, self.like)
     self._apply(record)
     if error := self._method.check(self.state):
       raise FloatingPointError(f'round {self.round}: {error}')

@@ -76,7 +76,7 @@ def services(names: names_lib.Names, user: str) -> list[str]:
   reads = [f'{get}.{s}{rest}' for s in streams for rest in ('', '.>')]
   if user == KEEPER:
     objects = f'$O.{names.snapshots}'
-    return [f'{names.run}.trust', f'{objects}.C.*', f'{objects}.M.*', *reads]
+    return [names.trust, f'{objects}.C.*', f'{objects}.M.*', *reads]
   number = user.removeprefix(_CLIENT)
   return [*(names.sent(k, number) for k in names_lib.KINDS), *reads]
 

@@ -22,7 +22,7 @@ from jaxfl.federation.direct import (
   TRANSIENT,
   Message,
 )
-from jaxfl.federation.names import Names
+from jaxfl.federation.names import KINDS, Names
 
 KEPT = 64  # messages of each kind and client
 HEARTBEAT_S = 5.0  # of a consumer that has nothing to deliver
@@ -70,7 +70,7 @@ async def make(
     max_bytes: of one message of a client; longer ones the server refuses.
     ahead: rounds that a client may be ahead of the log.
   """
-  sent = [names.sent(kind, '*') for kind in ('hello', 'up', 'digest')]
+  sent = [names.trust, *(names.sent(kind, '*') for kind in KINDS)]
   # who sends more pushes out what he sent before, and nothing of others
   kept = 2 * ahead + KEPT
   await _make(

@@ -64,6 +64,7 @@ class Toy:
   quorum: int | None = None
   digest_every: int = 4
   pause_s: float = 0.0  # before every message
+  probes: bool = False  # whether the coordinator listens to verdicts
   credentials: object = None  # user -> path
   urls: dict = dataclasses.field(default_factory=dict)  # by client
   statuses: list = dataclasses.field(default_factory=list)
@@ -98,6 +99,7 @@ class Toy:
       usable=lambda header: book.usable(method),
       num_rounds=lambda header: self.num_rounds,
       lease_s=1.5,
+      size=(lambda header: book.size(method)) if self.probes else None,
     )
 
   async def coordinate(self, header=None, watch=lambda status: None):
@@ -108,6 +110,11 @@ class Toy:
     async with self.connection('coordinator') as nc:
       plan = self.plan(header or self.header)
       return await coordinator.coordinate(nc, plan, seen)
+
+  async def until(self, round: int):
+    """Waits for so many closed rounds."""
+    while not self.statuses or self.statuses[-1].round < round:
+      await asyncio.sleep(0.01)
 
   def site(self, number: int | None, **changes) -> client.Site:
     method, compiled = programs(self.case)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jaxfl import wire
-from jaxfl.federation import book, handshake
+from jaxfl.federation import book, handshake, verdict
 
 PASSPORT = {'spec': 's', 'config': 'c'}
 HELLO = handshake.encode(PASSPORT)
@@ -15,10 +15,10 @@ def frame(value, round=0):
   return wire.varint(round) + wire.to_bytes(np.full(2, value, np.float32))
 
 
-def opened(members=3, **rules):
+def opened(members=3, size=None, **rules):
   rules = {'num_clients': 4, 'deadline_s': 10.0} | rules
   finite = lambda m: bool(np.isfinite(m).any())
-  found = book.Book(book.Rules(**rules), PASSPORT, LIKE, finite)
+  found = book.Book(book.Rules(**rules), PASSPORT, LIKE, finite, size)
   for client in range(members):
     assert found.hello(client, HELLO, 0.0) is None
   return found
@@ -36,6 +36,56 @@ def test_a_round_is_closed_with_the_messages_of_all_members():
   assert rows.weights.tolist() == [1, 1, 1]
   messages = rows.messages(wire.describe(LIKE), LIKE)
   np.testing.assert_array_equal(messages[:, 0], [0, 1, 2])
+
+
+def test_weights_are_levels_of_the_last_verdict():
+  found = opened(size=lambda message: float(message[0]))
+
+  def weights():
+    for client, value in enumerate((1.0, 2.0, 3.0)):
+      assert found.message(client, frame(value, found.round), client) is None
+    rows = found.rows()
+    found.closed(rows.ids, 0.0)
+    return rows.weights.tolist()
+
+  assert weights() == [0, 0, 0]  # nobody is known yet
+  said = verdict.Verdict(1, 2.0, bytes([8, 5, 7, 0]))
+  assert found.judged(verdict.encode(said)) is None
+  assert weights() == [8, 5, 0]  # 3 is too large a claim
+  late = said._replace(round=0, limit=9.0)
+  assert found.judged(verdict.encode(late)) is None
+  assert weights() == [8, 5, 0]
+  assert 'verdict' in found.judged(b'\x05')
+  assert found.judged(verdict.encode(late._replace(round=2))) is None
+  assert weights() == [8, 5, 7]
+  alike = opened()
+  assert alike.judged(verdict.encode(said)) is None
+  assert alike.verdict is None  # nobody asked for one
+
+
+def test_a_verdict_is_awaited_until_the_deadline():
+  found = opened(1, size=lambda message: 0.0, pipeline=1)
+  say = lambda round: found.judged(
+    verdict.encode(verdict.Verdict(round, 1.0, bytes(4)))
+  )
+  found.message(0, frame(0), 0)
+  assert not found.due(1e9)  # the first needs a keeper
+  say(0)
+  for round in range(2):  # it may be behind by the pipeline
+    assert found.due(0.0)
+    found.closed(np.array([0]), 0.0)
+    found.message(0, frame(0, round + 1), round + 1)
+  assert not found.due(9.0)
+  assert found.due(10.0)
+  found.closed(np.array([0]), 10.0)
+  found.message(0, frame(0, 3), 3)
+  assert found.due(10.0)  # nobody waits for it any more
+  say(2)
+  found.closed(np.array([0]), 10.0)
+  found.message(0, frame(0, 4), 4)
+  assert not found.due(10.0)  # it is back
+  say(3)
+  assert found.due(10.0)
 
 
 def test_quorum_deadline_and_members_that_are_silent():

@@ -10,6 +10,10 @@ import pytest
 from experiments import build, defaults
 from experiments.config import UsageError, from_mapping
 from experiments.federation import roles, site
+from jaxfl import log, probe
+from jaxfl.federation import verdict
+from jaxfl.federation.names import Names
+from jaxfl.federation.replica import as_party
 from tests.federation.harness import needs_server
 
 SETTINGS = (
@@ -119,3 +123,38 @@ def test_names_that_are_none():
   place = roles.Place(run='a.b', server='', credentials=None, directory=None)
   with pytest.raises(UsageError, match='--run: run must be 1 to 32 letters'):
     _ = place.names
+
+
+def test_a_keeper_probes_with_its_own_examples(table, tmp_path):
+  config = defaults.resolve(
+    from_mapping(
+      {'dataset': str(table), 'target': 'y', 'num_clients': 2, 'mu': 1e-2}
+      | {'num_rounds': 80, 'num_perturbations': 2, 'learning_rate': 0.05}
+    )
+  )
+  header = site.header_of(config, 0, 5)
+  bench = site.Bench(Names('trial'), None, header, {}, True)
+  judge = bench.judge(tmp_path / 'probes.json')
+  method, params = bench.method, bench.problem.params
+  state, levels = method.init(params), []
+  for round in range(8):
+    sent = [client_message(bench, state, n, round) for n in range(2)]
+    sent[1] = sent[1] ^ 128  # of log8, the sign
+    ids, ones = np.arange(2, dtype=np.int32), np.ones(2, np.float32)
+    judge.judge(state, log.Record(round, ids, ones, np.stack(sent)))
+    levels.append(verdict.decode(judge.verdict(), 2).levels)
+  assert {liar for _, liar in levels} == {0}
+  assert levels[-1][0] == probe.LEVELS
+
+
+def client_message(bench, state, client, round):
+  """What a client sends that has all of the data."""
+  batches = bench.site.batch_fn(round)
+  party = as_party(client, round)
+  message, *_ = bench.site.run_client(state, (), batches, party)
+  return np.asarray(message)
+
+
+def test_a_run_that_no_probe_can_check():
+  with pytest.raises(UsageError, match='--probe: method ferret'):
+    site.check_probe(defaults.resolve(from_mapping({'method': 'ferret'})))

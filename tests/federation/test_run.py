@@ -61,7 +61,7 @@ def test_the_server_is_killed(server, tmp_path):
   async def main():
     work = asyncio.create_task(toy.run())
     for at in (4, 11):
-      await until(toy, at)
+      await toy.until(at)
       server.kill()
       await asyncio.sleep(0.3)
       server.start()
@@ -69,12 +69,6 @@ def test_the_server_is_killed(server, tmp_path):
 
   digests, _ = run(main())
   assert set(digests) == {expected_digest(toy.simulated)}
-
-
-async def until(toy, round):
-  """Waits for so many closed rounds."""
-  while not toy.statuses or toy.statuses[-1].round < round:
-    await asyncio.sleep(0.01)
 
 
 def test_a_task_that_drops_its_cancellation_is_ended():
@@ -106,12 +100,12 @@ def test_coordinators_and_clients_come_and_go(server, tmp_path):
     first = asyncio.create_task(toy.coordinate())
     stays = asyncio.create_task(toy.follow(0))
     crashes = asyncio.create_task(toy.follow(1))
-    await until(toy, 5)
+    await toy.until(5)
     second = asyncio.create_task(toy.coordinate())
     await asyncio.sleep(0.2)  # it stands by
     await stream.end(first)
     await stream.end(crashes)
-    await until(toy, toy.statuses[-1].round + 3)
+    await toy.until(toy.statuses[-1].round + 3)
     late = asyncio.create_task(toy.follow(3))
     back = asyncio.create_task(toy.follow(1))
     status = await second
@@ -216,7 +210,7 @@ def test_who_comes_late_starts_from_a_snapshot(server, tmp_path):
     work = asyncio.create_task(toy.coordinate())
     clients = [asyncio.create_task(toy.follow(n)) for n in (0, 1)]
     keeper = asyncio.create_task(toy.follow(None))
-    await until(toy, 20)
+    await toy.until(20)
     late = toy.follow(2, lambda done: applied.append(done.round))
     ends = await asyncio.gather(late, *clients, keeper)
     await work
