@@ -104,20 +104,6 @@ def draw(result, path: pathlib.Path) -> None:
   plt.close(figure)
 
 
-def missing(rows, num_seeds: int, data_dir: str):
-  """What is to be run beside the rows that are there."""
-  names = ('method', 'seed', 'aggregator', 'attack', 'fraction')
-  done = {tuple(row[name] for name in names) for row in rows}
-  settings = []
-  for seed in range(num_seeds):
-    for method in byzantine_runs.METHODS:
-      jobs = byzantine_runs.jobs(method)
-      jobs = tuple(job for job in jobs if (method, seed, *job) not in done)
-      if jobs:
-        settings.append(byzantine_runs.Setting(method, seed, data_dir, jobs))
-  return settings
-
-
 def main(argv):
   if len(argv) > 1:
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
@@ -134,7 +120,9 @@ def main(argv):
   }
   if path.exists():  # goes on
     result['rows'] = json.loads(path.read_text())['rows']
-  settings = missing(result['rows'], _SEEDS.value, _DATA_DIR.value)
+  settings = byzantine_runs.missing(
+    result['rows'], _SEEDS.value, _DATA_DIR.value
+  )
   for rows in byzantine_runs.run(settings, _JOBS.value):
     result['rows'] += rows
     write_json(path, result)

@@ -93,6 +93,21 @@ def jobs(method: str) -> list[Job]:
   return found
 
 
+def missing(
+  rows: Sequence[Mapping[str, Any]], num_seeds: int, data_dir: str
+) -> list[Setting]:
+  """What is to be run beside the rows that are there."""
+  names = ('method', 'seed', 'aggregator', 'attack', 'fraction')
+  done = {tuple(row[name] for name in names) for row in rows}
+  settings = []
+  for seed in range(num_seeds):
+    for method in METHODS:
+      left = [job for job in jobs(method) if (method, seed, *job) not in done]
+      if left:
+        settings.append(Setting(method, seed, data_dir, tuple(left)))
+  return settings
+
+
 class Runs:
   """The runs of a setting."""
 
