@@ -11,6 +11,8 @@ from jaxfl import metrics
 from tests.test_experiments import environment as environment
 from tests.test_experiments import launch
 
+pytestmark = pytest.mark.fast_compile
+
 
 def make(directory, losses, task='text'):
   """A run that is evaluated at 0, 5, 10 ... rounds."""

@@ -13,6 +13,8 @@ from jaxfl import plan as plan_lib
 from jaxfl.methods import diff2
 from jaxfl.runtime import replay, simulate
 
+pytestmark = pytest.mark.fast_compile
+
 SIZES = (5, 3, 4)
 SETTINGS = {
   'learning_rate': 0.1, 'clip_norm': 0.8, 'clip_norm_diff': 0.3,

@@ -14,6 +14,8 @@ from jaxfl import plan as plan_lib
 from jaxfl.methods import dp_sketch
 from tests import private_problem as problem
 
+pytestmark = pytest.mark.fast_compile
+
 SIZES = (20, 15, 17)
 ROOT = keys.root(11)
 PLAN = plan_lib.SketchPlan(40, 6, 10.0)

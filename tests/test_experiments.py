@@ -19,6 +19,8 @@ from jaxfl import metrics
 from jaxfl.digest import digest
 from jaxfl.log import RoundLog
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 SMALL = (
   '--num_clients=3', '--num_rounds=12', '--num_perturbations=2',

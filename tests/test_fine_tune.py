@@ -29,6 +29,8 @@ from tests.models.hf_tools import FIXTURES
 from tests.test_experiments import environment as environment
 from tests.test_experiments import launch
 
+pytestmark = pytest.mark.fast_compile
+
 SHAPE = Config(
   vocab_size=256, num_layers=1, model_dim=128, num_heads=2, num_kv_heads=2,
   head_dim=64, mlp_dim=128, norm='rms',

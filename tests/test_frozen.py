@@ -13,6 +13,8 @@ from jaxfl import adapters, digest, keys, log, wire
 from jaxfl.methods import fed_avg, spsa
 from jaxfl.runtime import replay, simulate
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = keys.root(11)
 IN, HIDDEN, OUT, CLIENTS = 6, 37, 2, 4
 RNG = np.random.default_rng(3)

@@ -12,6 +12,8 @@ from jaxfl import digest
 from jaxfl.data import images
 from tests.data import tiny
 
+pytestmark = pytest.mark.fast_compile
+
 SIDE = 8
 
 

@@ -21,6 +21,8 @@ from tests.test_two_processes import (
   what_is_left,
 )
 
+pytestmark = pytest.mark.fast_compile
+
 FLAGS = ['--method=spsa', '--dataset=a "b" \\ $c & (d).csv']
 VARIABLES = {
   launcher: own

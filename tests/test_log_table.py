@@ -16,6 +16,8 @@ from jaxfl.log import Header, RoundLog
 from tests.test_experiments import environment as environment
 from tests.test_experiments import launch
 
+pytestmark = pytest.mark.fast_compile
+
 COHORTS = (([0, 2], [1, 3]), ([], []), ([1], [1]))
 
 

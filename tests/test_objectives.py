@@ -13,6 +13,8 @@ from jaxfl import objectives
 from jaxfl.models import generate, rotary, transformer
 from jaxfl.models.config import Config
 
+pytestmark = pytest.mark.fast_compile
+
 DECODER = Config(
   vocab_size=23,
   num_layers=2,

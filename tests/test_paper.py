@@ -27,6 +27,8 @@ from experiments.papers import (
 )
 from jaxfl import wire
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 REQUEST = common.Request(seeds=2)
 

@@ -23,6 +23,8 @@ from jaxfl import typing as jt
 from jaxfl.data import tables
 from jaxfl.runtime import simulate
 
+pytestmark = pytest.mark.fast_compile
+
 
 @pytest.fixture(scope='module')
 def location():

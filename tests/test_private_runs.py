@@ -12,6 +12,8 @@ from experiments.workdir import Workdir
 from jaxfl import log as log_lib
 from jaxfl import metrics
 
+pytestmark = pytest.mark.fast_compile
+
 CLIENTS, EXAMPLES = 4, 200
 
 

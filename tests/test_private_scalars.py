@@ -10,6 +10,8 @@ from jaxfl import plan as plan_lib
 from jaxfl.methods import fedkseed, spsa
 from tests import private_problem as problem
 
+pytestmark = pytest.mark.fast_compile
+
 SIZES = (40, 30, 36)
 ROOT = keys.root(7)
 QUIET = plan_lib.ScalarPlan(60, 4, 1e-3)

@@ -13,6 +13,8 @@ from jaxfl.methods import decomfl, fed_avg, fedkseed, spsa
 from jaxfl.runtime import replay, simulate
 from tests import methods_table as table
 
+pytestmark = pytest.mark.fast_compile
+
 CLIENTS, LIARS, ROUNDS = 6, 3, 24
 POPULATION = simulate.Population(num_clients=CLIENTS)
 PARAMS = {'w': np.full(24, 0.5, np.float32)}

@@ -15,6 +15,8 @@ from jaxfl.models import hf, native, transformer
 from jaxfl.models.config import Config
 from tests.data import tiny
 
+pytestmark = pytest.mark.fast_compile
+
 WORDS = (
   'great',
   'bad',

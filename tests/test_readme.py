@@ -3,6 +3,10 @@
 import pathlib
 import re
 
+import pytest
+
+pytestmark = pytest.mark.fast_compile
+
 README = pathlib.Path(__file__).parents[1] / 'README.md'
 
 

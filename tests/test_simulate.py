@@ -15,6 +15,8 @@ from jaxfl.methods import fed_avg, spsa
 from jaxfl.runtime import simulate
 from tests import methods_table as table
 
+pytestmark = pytest.mark.fast_compile
+
 
 def test_population_samples_without_replacement_and_repeatably():
   population = simulate.Population(

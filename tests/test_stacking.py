@@ -10,6 +10,8 @@ from jaxfl import digest, keys
 from jaxfl.methods import spsa
 from jaxfl.runtime import simulate, stacking
 
+pytestmark = pytest.mark.fast_compile
+
 
 def batch(*shape, start=1):
   size = int(np.prod(shape))

@@ -14,6 +14,8 @@ from jaxfl.models import hf, transformer
 from tests.test_problem import bert as bert
 from tests.test_problem import labelled as labelled
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 PROGRAM = """
 import sys

@@ -24,6 +24,8 @@ from jaxfl.log import Header, RoundLog
 from jaxfl.runtime import mesh as mesh_lib
 from tests import test_mesh
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 240  # seconds; a process that waits for another ends all the same
 

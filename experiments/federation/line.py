@@ -28,7 +28,6 @@ packet of 1500 bytes carries. For each, in this order,
 """
 
 import asyncio
-import contextlib
 import random
 import re
 import socket
@@ -147,12 +146,13 @@ class Line:
     return self
 
   async def __aexit__(self, *exc_info) -> None:
-    self._accepting.cancel()
-    self._cut()
-    await asyncio.gather(*self._serving, return_exceptions=True)
+    tasks = {self._accepting, *self._serving}
+    while left := {task for task in tasks if not task.done()}:
+      for task in left:  # once may not be enough, see `stream.end`
+        task.cancel()
+      await asyncio.wait(left, timeout=1.0)
+    await asyncio.gather(*tasks, return_exceptions=True)
     self._listener.close()
-    with contextlib.suppress(asyncio.CancelledError):
-      await self._accepting
 
   def cut(self) -> None:
     """Resets all connections; what was on its way is lost."""

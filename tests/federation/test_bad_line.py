@@ -7,6 +7,8 @@ import pytest
 from experiments import bad_line_report, bad_line_runs
 from experiments.federation import paced, process
 
+pytestmark = pytest.mark.fast_compile
+
 Settings = bad_line_runs.Settings
 
 

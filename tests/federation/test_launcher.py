@@ -16,6 +16,8 @@ from jaxfl.federation.names import Names
 from jaxfl.federation.replica import as_party
 from tests.federation.harness import needs_server
 
+pytestmark = pytest.mark.fast_compile
+
 SETTINGS = (
   '--target=y', '--num_clients=2', '--num_rounds=6', '--mu=1e-2',
   '--learning_rate=0.05', '--num_perturbations=2',

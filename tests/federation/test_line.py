@@ -420,7 +420,7 @@ def test_command():
             'up 5 B (40 bit/s), down 0 B (0 bit/s), 0 lost, 1 connections\n'
           )
       command.send_signal(signal.SIGINT)
-      _, errors = command.communicate(timeout=10)
+      _, errors = command.communicate(timeout=60)
       assert (errors, command.returncode) == ('', 0)
 
 

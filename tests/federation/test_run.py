@@ -12,7 +12,7 @@ from jaxfl.federation import client, provision, stream
 from jaxfl.federation.server import LocalServer
 from tests.federation.harness import NAMES, Toy, needs_server, programs, run
 
-pytestmark = needs_server
+pytestmark = [needs_server, pytest.mark.fast_compile]
 
 
 @pytest.fixture

@@ -13,6 +13,8 @@ from jaxfl.runtime import replay
 from tests import methods_table as table
 from tests.federation.harness import Toy, needs_server, programs, run
 
+pytestmark = pytest.mark.fast_compile
+
 CLIENTS, LIAR, ROUNDS = 4, 2, 60
 
 

@@ -30,6 +30,8 @@ from tests.log.tools import (
   write_log,
 )
 
+pytestmark = pytest.mark.fast_compile
+
 # Damage.
 
 

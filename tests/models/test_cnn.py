@@ -8,6 +8,8 @@ import pytest
 from jaxfl import keys, objectives
 from jaxfl.models import cnn, initializers
 
+pytestmark = pytest.mark.fast_compile
+
 KEY = jax.random.key(0, impl='threefry2x32')
 
 

@@ -13,6 +13,8 @@ from jaxfl.models import generate, transformer
 from jaxfl.models.config import Config
 from jaxfl.models.rotary import Rope
 
+pytestmark = pytest.mark.fast_compile
+
 SIZES = {
   'vocab_size': 23, 'num_layers': 2, 'model_dim': 16, 'num_heads': 4,
   'num_kv_heads': 4, 'head_dim': 4, 'mlp_dim': 24,

@@ -18,6 +18,8 @@ from jaxfl.models import native, transformer
 from jaxfl.models.config import Config
 from jaxfl.models.rotary import Rope
 
+pytestmark = pytest.mark.fast_compile
+
 CONFIG = native.byte_config(num_layers=2, model_dim=8, num_heads=2, mlp_dim=12)
 init = jax.jit(
   lambda config: transformer.init(config, jax.random.key(0)),

@@ -15,6 +15,8 @@ from experiments.config import UsageError
 from jaxfl import perturb, wire
 from jaxfl.methods import ferret, spsa
 
+pytestmark = pytest.mark.fast_compile
+
 EFFORT = inversion.Effort(restarts=2, steps=300)
 
 

@@ -20,6 +20,8 @@ from experiments.audits import (
 )
 from jaxfl import calibration, gdp, noise
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[2]
 DELTA = 1e-5
 

@@ -7,6 +7,8 @@ import pytest
 
 from jaxfl import privacy
 
+pytestmark = pytest.mark.fast_compile
+
 DIM = 7
 PARAMS = {'w': jnp.zeros((3, 2)), 'b': jnp.zeros(())}
 
