@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Mapping
 
 from absl import logging
-from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict
-from flwr.clientapp import ClientApp
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict  # pyright: ignore[reportMissingImports]
+from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
+from flwr.serverapp import Grid  # pyright: ignore[reportMissingImports]
 
 from jaxfl.federation.questions import Letter
 

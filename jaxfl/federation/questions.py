@@ -230,6 +230,9 @@ class Hub:
       if gone.client is not None:
         logging.warning('%s is gone', gone.name)
         self.book.hello(gone.client, handshake.BYE, now)
+        for other in self._nodes.values():
+          if other.client is None:  # perhaps it waits for this id
+            other.not_before = now
     for number in numbers - self._nodes.keys():
       self._nodes[number] = _Node(number)
 
@@ -315,8 +318,17 @@ class Hub:
     if client != node.client:
       raise ValueError(f'client {client} in place of {node.client}')
     rounds = field(answer, 'rounds', int)
-    if not -1 <= rounds <= self._tail.round:
-      raise ValueError(f'{rounds} rounds, and {self._tail.round} are closed')
+    if rounds < -1:
+      raise ValueError(f'{rounds} rounds')
+    if rounds > self._tail.round:
+      self.book.hello(client, handshake.BYE, now)
+      self._exclude(
+        node,
+        f'it has {rounds} rounds and the server {self._tail.round}, which has'
+        ' lost some, or it is another run: move its directory away, or give the'
+        ' run another name',
+      )
+      return
     if rounds >= 0:
       digest = field(answer, 'digest', bytes)
       if len(digest) != CHAIN_BYTES:
@@ -349,11 +361,10 @@ class Hub:
 
   def _greet(self, node, client, answer, now):
     """The first answer of a node; whether it takes part."""
-    if not self._free(client, node):
-      self._exclude(
-        node, f'client {client} is another node: each needs an id of its own'
+    if not self._free(client, node):  # or it was, and is not missed yet
+      raise ValueError(
+        f'client {client} is another node; each needs an id of its own'
       )
-      return False
     reason = self.book.hello(client, field(answer, 'passport', bytes), now)
     if reason is not None:
       self._exclude(node, f'client {client}: {reason}')
