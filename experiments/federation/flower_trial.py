@@ -139,7 +139,7 @@ class Federation:
     """Runs the Flower App to its end; a mark for every growth of its log.
 
     Args:
-      config: of the run, by name; its directory is `server` here.
+      config: of the run, by name; its directory is `server` here by default.
 
     Raises:
       RuntimeError: if it does not end well.
@@ -150,8 +150,8 @@ class Federation:
       '[superlink]\ndefault = "here"\n[superlink.here]\n'
       f'address = "127.0.0.1:{self.port}"\ninsecure = true\n'
     )
-    server = self.directory / 'server'
-    config = config | {'workdir': str(server)}
+    config = {'workdir': str(self.directory / 'server')} | config
+    server = pathlib.Path(config['workdir'])
     marks, done = [], threading.Event()
     watching = threading.Thread(
       target=self._watch, args=(server / 'rounds.log', marks, done)
