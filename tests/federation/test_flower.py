@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 import tomllib
+import types
 
 import numpy as np
 import pytest
@@ -551,18 +552,19 @@ def test_what_is_asked_needs_no_network():
 @needs_flower
 @ignore_warnings
 def test_letters_over_flower():
-  from flwr.app import Error, Message
+  from flwr.app import Error, RecordDict
 
   from jaxfl.federation import flower
 
-  letter = {'run': b'12345678', 'open': 3, 'since': 1, 'records': [b'a', b'']}
-  message = Message(flower.encode(letter), 7, 'query')
-  assert flower.decode(message) == letter
+  came = lambda content=None, error=None: types.SimpleNamespace(
+    content=content, error=error, has_error=lambda: error is not None
+  )
+  question = {'run': b'12345678', 'open': 3, 'since': 1, 'records': [b'a', b'']}
   answer = {'client': 1, 'digest': b'8', 'loss': 0.5, 'rebuild': True}
-  message.metadata.__dict__['_message_id'] = 'abc'
-  reply = Message(flower.encode(answer), reply_to=message)
-  assert flower.decode(reply) == answer
-  failed = Message(Error(8, 'crashed'), reply_to=message)
+  for letter in (question, answer):
+    assert flower.decode(came(flower.encode(letter))) == letter
+  assert 'without a letter' in flower.decode(came(RecordDict()))
+  failed = came(error=Error(8, 'crashed'))
   assert flower.decode(failed) == 'error 8: crashed'
 
 
