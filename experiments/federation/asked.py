@@ -16,7 +16,7 @@ from experiments import workdir as workdir_lib
 from experiments.config import Config, UsageError, from_mapping
 from experiments.federation import site
 from jaxfl import checkpoint, digest, log
-from jaxfl.federation import answers, book, handshake, questions
+from jaxfl.federation import answers, book, handshake, letters, questions
 from jaxfl.federation.names import Names
 from jaxfl.federation.records import read_header
 from jaxfl.federation.replica import Replica
@@ -76,7 +76,7 @@ def _names(run: str) -> Names:
 
 
 def serve(
-  post: questions.Post,
+  post: letters.Post,
   run_config: Mapping[str, Any],
   say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
@@ -175,10 +175,10 @@ def describe(status: questions.Status) -> str:
 
 
 def answer(
-  question: questions.Letter,
+  question: letters.Letter,
   node_config: Mapping[str, Any],
   run_config: Mapping[str, Any],
-) -> questions.Letter:
+) -> letters.Letter:
   """Answers a question at a site; what does not fit is said to the server.
 
   Args:

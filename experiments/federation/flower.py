@@ -11,12 +11,13 @@ from flwr.serverapp import (  # pyright: ignore[reportMissingImports]
 )
 
 from experiments.federation import asked
-from jaxfl.federation import flower, questions
+from jaxfl.federation import flower
+from jaxfl.federation.letters import Letter
 
 logging.set_verbosity(logging.WARNING)
 
 
-def answer(question: questions.Letter, context: Context) -> questions.Letter:
+def answer(question: Letter, context: Context) -> Letter:
   """Answers a question, in a process of its own; programs are kept."""
   where = os.path.join(context.node_config.get('workdir', 'runs'), 'programs')
   jax.config.update('jax_compilation_cache_dir', os.path.abspath(where))

@@ -1,4 +1,4 @@
-"""The client's side of `questions`: a replica that answers, and then ends.
+"""The client's side of `letters`: a replica that answers, and then ends.
 
 Every question may reach a process of its own. What lasts is in the directory:
 the header of the run's log, `rounds.log`, and a snapshot.
@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxfl import digest, wire
 from jaxfl.federation import handshake, records
-from jaxfl.federation.questions import CHAIN_BYTES, Letter, field
+from jaxfl.federation.letters import CHAIN_BYTES, Letter, field
 from jaxfl.federation.replica import Replica, as_party
 from jaxfl.federation.site import Site
 

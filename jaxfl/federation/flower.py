@@ -1,4 +1,4 @@
-"""Letters of `questions` over Flower: a `Post` on its Grid, and a ClientApp.
+"""Letters over Flower: a `Post` on its Grid, and a ClientApp.
 
 A letter is a `ConfigRecord`, the only one of a message, of type `query`.
 """
@@ -11,7 +11,7 @@ from flwr.app import ConfigRecord, Context, Message, MessageType, RecordDict  # 
 from flwr.clientapp import ClientApp  # pyright: ignore[reportMissingImports]
 from flwr.serverapp import Grid  # pyright: ignore[reportMissingImports]
 
-from jaxfl.federation.questions import Letter
+from jaxfl.federation.letters import Letter
 
 _LETTER = 'letter'
 
