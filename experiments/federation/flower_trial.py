@@ -222,7 +222,7 @@ def main(argv):
     raise app.UsageError(f'unexpected arguments: {" ".join(argv[1:])}')
   options = flags.FLAGS
   config = {'num_clients': options.nodes, 'num_rounds': 5}
-  config |= parse(options.run_config)
+  config |= parse(' '.join(options.run_config))
   stamp = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
   directory = pathlib.Path(options.workdir or f'runs/{stamp}')
   node = parse(options.node_config)
@@ -255,7 +255,9 @@ def main(argv):
 if __name__ == '__main__':
   # not above: tests that import this have flags of their own
   flags.DEFINE_integer('nodes', 2, 'SuperNodes, a client each.')
-  flags.DEFINE_string('run_config', '', 'Of the run: NAME=VALUE ..., TOML.')
+  flags.DEFINE_multi_string(
+    'run_config', [], 'Of the run: NAME=VALUE ..., as of flwr run.'
+  )
   flags.DEFINE_string('node_config', '', 'Of every node, but for its client.')
   flags.DEFINE_string('workdir', None, 'Default runs/DATE-TIME.')
   flags.DEFINE_float('idle_s', 0.0, 'Counts bytes before the run, too.')
