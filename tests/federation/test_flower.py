@@ -481,7 +481,7 @@ def rows(tmp_path):
 @pytest.fixture
 def run_config(rows, tmp_path):
   return {
-    'method': 'fedkseed', 'local_steps': 4, 'dataset': str(rows), 'target': 'y',
+    'num_perturbations': 2, 'dataset': str(rows), 'target': 'y',
     'num_clients': 2, 'num_rounds': 2, 'workdir': str(tmp_path / 'server'),
     'deadline_s': 120.0,
   }  # fmt: skip
