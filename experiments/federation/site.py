@@ -17,8 +17,8 @@ from jaxfl import checkpoint, keys, log, probe
 from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl.federation import book, verdict
-from jaxfl.federation.client import Site
 from jaxfl.federation.names import Names
+from jaxfl.federation.site import Site
 from jaxfl.models import native
 from jaxfl.runtime import simulate
 
@@ -71,7 +71,14 @@ def check(config: Config, method: method_lib.Method, pipeline: int) -> None:
 
 
 def header_of(config: Config, pipeline: int, digest_every: int) -> log.Header:
-  """The header of a run's log, as its coordinator makes it.
+  """The header of a run's log, as its coordinator makes it; see `begin`."""
+  return begin(config, pipeline, digest_every)[0]
+
+
+def begin(
+  config: Config, pipeline: int, digest_every: int
+) -> tuple[log.Header, problem.Problem]:
+  """The header of a new run's log, and its problem, with the base.
 
   Raises:
     UsageError: naming the setting that a federation can't have.
@@ -83,7 +90,8 @@ def header_of(config: Config, pipeline: int, digest_every: int) -> log.Header:
   header = run_log.header_of(config, method, found)
   # every site has data of its own
   own = {'data_digest': '', 'pipeline': pipeline, 'digest_every': digest_every}
-  return dataclasses.replace(header, config={**header.config, **own})
+  config_of_log = {**header.config, **own}
+  return dataclasses.replace(header, config=config_of_log), found
 
 
 def config_of(header: log.Header) -> Config:

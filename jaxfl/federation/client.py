@@ -14,24 +14,14 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 from absl import logging
 from nats.aio.client import Client
 
-from jaxfl import log, wire
-from jaxfl import method as method_lib
-from jaxfl import typing as jt
-from jaxfl.federation import (
-  coordinator,
-  direct,
-  handshake,
-  records,
-  stream,
-  verdict,
-)
+from jaxfl import wire
+from jaxfl.federation import coordinator, direct, handshake, records, stream
 from jaxfl.federation.names import Names
 from jaxfl.federation.replica import (
   Replica,
@@ -39,6 +29,7 @@ from jaxfl.federation.replica import (
   parse_snapshot,
   snapshot_name,
 )
+from jaxfl.federation.site import Site
 from jaxfl.federation.snapshots import Snapshots
 
 _REMEMBERED = 8  # digests that may still be compared
@@ -52,40 +43,6 @@ class Refused(ValueError):
 
 class Diverged(RuntimeError):
   """This device does not compute what the others do."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Site:
-  """What a process brings to a run.
-
-  Attributes:
-    names: of the run.
-    client: its id; None for a keeper, which sends no messages.
-    header: of the log as this site's settings, base and model make it.
-    shared: names of the settings that must be those of the run.
-    method: of the run.
-    run_client: state, local, batches, party -> message, local, metrics;
-      compiled.
-    batch_fn: round -> batches; deterministic.
-    num_rounds: of the run.
-    pipeline: rounds that a message may be ahead of the log.
-    digest_every: rounds between two comparisons of digests.
-    judge: of a keeper that probes what clients claim; None for no probes.
-    tamper: round, message -> what is sent in its place; of liars, in tests.
-  """
-
-  names: Names
-  client: int | None
-  header: log.Header
-  shared: frozenset[str]
-  method: method_lib.Method
-  run_client: Callable[..., Any]
-  batch_fn: Callable[[int], jt.Batch]
-  num_rounds: int
-  pipeline: int
-  digest_every: int
-  judge: verdict.Judge | None = None
-  tamper: Callable[[int, jt.Message], jt.Message] | None = None
 
 
 @dataclasses.dataclass

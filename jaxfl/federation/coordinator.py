@@ -13,8 +13,6 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from nats.aio.client import Client
@@ -24,6 +22,7 @@ from jaxfl import log, log_format, wire
 from jaxfl import typing as jt
 from jaxfl.federation import book, handshake, lease, records, stream
 from jaxfl.federation.names import Names
+from jaxfl.federation.records import frame_bytes, like_of
 
 DIGEST_BYTES = 8
 _SETTLE_S = 10.0  # for the last digests
@@ -87,15 +86,6 @@ class Status:
   done: bool = False
 
 
-def like_of(spec: wire.Spec) -> jt.Message:
-  """The shape of a message from its description, by path."""
-  leaves = {
-    path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
-    for path, dtype, shape in spec
-  }
-  return leaves[''] if list(leaves) == [''] else leaves
-
-
 def max_bytes(header: log.Header) -> int:
   """The longest message that a client of a run has reason to send."""
   fields = sum(len(path.encode()) + 64 for path, *_ in header.message)
@@ -136,12 +126,6 @@ async def coordinate(
       await stream.end(keeping)
       await own.release()
   return status
-
-
-def frame_bytes(header: log.Header) -> int:
-  """Length of a frame, the same for all messages of a run."""
-  zeros = lambda x: np.zeros(x.shape, x.dtype)
-  return len(wire.to_bytes(jax.tree.map(zeros, like_of(header.message))))
 
 
 def encode_digest(round: int, digest: str, loss: float) -> bytes:

@@ -11,6 +11,8 @@ nothing but the next record of its chain.
 import io
 from typing import NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxfl import log, log_format, wire
@@ -45,6 +47,21 @@ def read_header(data: bytes) -> log.Header:
   if size != len(data):
     raise ValueError(f'a header of {size} bytes is followed by others')
   return header
+
+
+def like_of(spec: wire.Spec) -> jt.Message:
+  """The shape of a message from its description, by path."""
+  leaves = {
+    path: jax.ShapeDtypeStruct(tuple(shape), jnp.dtype(dtype))
+    for path, dtype, shape in spec
+  }
+  return leaves[''] if list(leaves) == [''] else leaves
+
+
+def frame_bytes(header: log.Header) -> int:
+  """Length of a frame, the same for all messages of a run."""
+  zeros = lambda x: np.zeros(x.shape, x.dtype)
+  return len(wire.to_bytes(jax.tree.map(zeros, like_of(header.message))))
 
 
 class Tail:
