@@ -13,6 +13,8 @@ from jaxfl.methods import fedkseed
 from jaxfl.runtime import simulate
 from tests import methods_table as table
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = keys.root(5)
 
 

@@ -15,6 +15,8 @@ from jaxfl.methods import fed_avg, ferret
 from tests import methods_table as table
 from tests import reference
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = keys.root(5)
 SHAPES = {'a': (130, 3), 'b': (), 'c': (2, 4, 5)}
 NUM_SLOTS = 40

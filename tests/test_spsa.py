@@ -13,6 +13,8 @@ from jaxfl.methods import spsa
 from jaxfl.runtime import simulate
 from tests import methods_table as table
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = keys.root(11)
 KURTOSIS = {
   'rademacher': 1.0, 'popcount16': 2.875, 'gaussian': 3.0,

@@ -41,7 +41,7 @@ MAY = [
   ('client-0', sent('hello', 0), NAMES.up_stream),
   ('client-0', sent('digest', 0), NAMES.up_stream),
   ('client-1', sent('up', 1), NAMES.up_stream),
-  ('keeper', 'trial.trust', 'trust'),
+  ('keeper', 'trial.trust', 'trial_up'),
   ('keeper', f'$O.{NAMES.snapshots}.C.abc', _OBJECTS),
   ('keeper', f'$O.{NAMES.snapshots}.M.abc', _OBJECTS),
   ('coordinator', NAMES.log, NAMES.log_stream),
@@ -99,7 +99,7 @@ def test_a_denied_publish_stores_nothing(trial, user):
   async def run():
     async with trial.open(user) as nc, trial.open('coordinator') as observer:
       before = await trial.stored(observer)
-      assert len(before) == 5
+      assert len(before) == 4
       for subject in subjects:
         nc._err = None
         await nc.publish(subject, b'{}')

@@ -28,6 +28,8 @@ from jaxfl.federation import answers, book, handshake, questions, replica
 from tests import methods_table as table
 from tests.federation.harness import Toy, header_of, programs
 
+pytestmark = pytest.mark.fast_compile
+
 ROOT = pathlib.Path(__file__).parents[2]
 APP = ROOT / 'experiments' / 'flower'
 needs_flower = pytest.mark.skipif(

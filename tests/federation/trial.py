@@ -51,7 +51,6 @@ class Trial:
     async with self.open('coordinator') as nc:
       js = nc.jetstream()
       await stream.make(js, NAMES, MAX_MESSAGE)
-      await js.add_stream(name='trust', subjects=[f'{NAMES.run}.trust'])
       lease = await js.create_key_value(bucket=NAMES.lease, history=1)
       await lease.put('coordinator', b'me')
       for number in range(3):

@@ -25,6 +25,8 @@ from tests.models.hf_tools import (
   reference,
 )
 
+pytestmark = pytest.mark.fast_compile
+
 
 @pytest.mark.parametrize('name', NAMES)
 def test_logits_equal_transformers(name):
