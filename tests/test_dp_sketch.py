@@ -178,6 +178,7 @@ def test_step_is_the_reconstruction_of_the_mean():
   np.testing.assert_array_equal(followed.params['w'], after.params['w'])
 
 
+@pytest.mark.slow
 def test_learns():
   plan = plan_lib.SketchPlan(60, 6, 0.05)
   whole = problem.whole(SIZES)

@@ -30,6 +30,7 @@ from tests.test_experiments import environment as environment
 from tests.test_experiments import launch
 
 pytestmark = pytest.mark.fast_compile
+SLOW = pytest.mark.slow
 
 SHAPE = Config(
   vocab_size=256, num_layers=1, model_dim=128, num_heads=2, num_kv_heads=2,
@@ -111,9 +112,9 @@ def passed_on(seeds):
   ('name', 'form', 'found'),
   [
     ('spsa', 'auto', 'log'),
-    ('rademacher', 'auto', 'coordinates'),
+    pytest.param('rademacher', 'auto', 'coordinates', marks=SLOW),
     ('walsh', 'coordinates', 'coordinates'),
-    ('ferret', 'log', 'log'),
+    pytest.param('ferret', 'log', 'log', marks=SLOW),
     ('ferret', 'weights', 'weights'),
   ],
 )

@@ -140,7 +140,7 @@ def test_a_loud_code_is_cut_to_its_byte():
   [
     ('spsa', 'linear8'),
     ('spsa', 'float32'),
-    ('fedkseed', 'linear8'),
+    pytest.param('fedkseed', 'linear8', marks=pytest.mark.slow),
     pytest.param('fedkseed', 'float32', marks=pytest.mark.slow),
   ],
 )

@@ -202,7 +202,10 @@ def test_a_run_resumed_from_its_log_is_the_same_run(build, tmp_path):
     assert a.digest == b.digest
 
 
-@pytest.mark.parametrize('name', ['spsa', 'fedkseed', 'fed_avg'])
+@pytest.mark.parametrize(
+  'name',
+  ['spsa', pytest.param('fedkseed', marks=pytest.mark.slow), 'fed_avg'],
+)
 def test_a_donated_state_is_written_over(name):
   """The same weights, from a server without a second copy of them."""
   method = table.CASES[name].build()

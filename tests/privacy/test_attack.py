@@ -56,6 +56,7 @@ def test_a_gradient_gives_its_example_away_and_noise_hides_it(victim, prior):
   assert attack(wires.dp_gd(1e5), victim, prior) < 0.2
 
 
+@pytest.mark.slow
 def test_more_scalars_give_more_away_and_noise_hides_them(victim, prior):
   few, some, many = (
     attack(wires.scalars(k, 'float32'), victim, prior) for k in (1, 16, 256)
