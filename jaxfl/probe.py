@@ -171,7 +171,7 @@ class Trust:
     }
 
   def restore(self, saved: Mapping[str, Any]) -> None:
-    """Goes on from `saved`; raises ValueError, KeyError or TypeError if not."""
+    """Goes on from `saved`; of anything else it raises what Python does."""
     self.records = {
       int(client): Record(float(total), float(variance), int(messages))
       for client, (total, variance, messages) in saved['records'].items()

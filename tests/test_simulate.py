@@ -275,3 +275,30 @@ def test_frames_are_what_the_server_gets(monkeypatch):
   padded = simulate.pad(messages, np.arange(3), np.ones(3), 0, 3)
   again = jax.jit(method.server)(state, *padded)
   assert digest.digest(again) == digest.digest(done.state)
+
+
+def test_programs_of_many_seeds_are_compiled_once():
+  traced = []
+
+  def build(root):
+    traced.append(root)
+    return spsa.spsa(table.loss_fn, root, learning_rate=0.05, mu=1e-2)
+
+  def digest_of(root, programs):
+    method = build(root)
+    *_, last = simulate.simulate(
+      method,
+      method.init(table.params()),
+      table.batch_fn(method.num_batches),
+      simulate.Population(num_clients=2),
+      num_rounds=3,
+      programs=programs,
+    )
+    return digest.digest(last.state)
+
+  programs = simulate.shared_programs(build)
+  roots = [keys.root(seed) for seed in (3, 4)]
+  found = [digest_of(root, programs(root)) for root in roots]
+  assert sum(isinstance(root, jax.core.Tracer) for root in traced) == 2
+  assert found == [digest_of(root, None) for root in roots]
+  assert found[0] != found[1]

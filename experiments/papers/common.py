@@ -4,7 +4,6 @@ An entry runs and returns a result that JSON can hold; the table and the picture
 are functions of the result alone.
 """
 
-import functools
 import json
 import pathlib
 import platform
@@ -18,8 +17,6 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments import progress
-from jaxfl import method as method_lib
-from jaxfl.runtime import simulate
 
 Result = dict[str, Any]
 
@@ -210,29 +207,6 @@ def track(items: Iterable[Any]) -> Iterator[Any]:
     for done, item in enumerate(items, 1):
       yield item
       advance(done, ' '.join(map(str, item)))
-
-
-def shared_programs(
-  build: Callable[[Any], method_lib.Method],
-) -> Callable[[Any], simulate.Programs]:
-  """Programs of a method that are compiled once for many data and seeds.
-
-  Args:
-    build: pytree of arrays -> method. What the method closes over, keys and
-      data, is an argument of its programs.
-
-  Returns:
-    A function of such a pytree, with the programs for `simulate`.
-  """
-  over_clients = lambda data, *args: jax.vmap(
-    build(data).client, (None, 0, 0, 0)
-  )(*args)
-  client = jax.jit(over_clients)
-  server = jax.jit(lambda data, *args: build(data).server(*args))
-  return lambda data: simulate.Programs(
-    client=functools.partial(client, data),
-    server=functools.partial(server, data),
-  )
 
 
 def subplots(num_panels: int, title: str, *, sharey: bool = True):

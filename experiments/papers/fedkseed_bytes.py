@@ -77,7 +77,7 @@ def visits(
 ) -> list[dict[str, float]]:
   """Mean bytes up and down of a client in a round that it is in, per seed."""
   build = functools.partial(method_of, form)
-  programs = common.shared_programs(build)
+  programs = simulate.shared_programs(build)
   num_clients, rate = POPULATIONS[place]
   found = []
   for seed in seeds:

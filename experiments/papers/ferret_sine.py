@@ -16,6 +16,7 @@ from experiments.papers import common, sine
 from experiments.papers.sine import Data, Problem
 from jaxfl import method as method_lib
 from jaxfl.methods import fed_avg, fedkseed, ferret, spsa
+from jaxfl.runtime import simulate
 
 CLIENT_LR, STEPS, COORDINATES = 0.05, 10, 1000
 
@@ -108,7 +109,7 @@ def run(
   found: dict[str, list] = {label: [] for label in builds}
   for (label,) in common.track((label,) for label in builds):
     build = functools.partial(builds[label], problem)
-    programs = common.shared_programs(build)
+    programs = simulate.shared_programs(build)
     for seed in seeds:
       data = sine.make(problem, seed)
       found[label].append(

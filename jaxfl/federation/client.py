@@ -136,6 +136,7 @@ class _Follower:
         await stream.publish(self._js, hello, self._passport())
         self._said = True
       if site.judge is not None:
+        site.judge.skip(replica.round)
         self._publish(names.trust, site.judge.verdict())
       try:
         while replica.round < site.num_rounds:

@@ -74,7 +74,7 @@ class Judge:
       saved = json.loads(self._path.read_text())
       trust.restore(saved['trust'])
       self.round = int(saved['round'])
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
       logging.warning('%s is no file of probes, and begun anew', self._path)
       logging.info('%r', error)
       trust.reset()
@@ -93,6 +93,10 @@ class Judge:
     cohort = method_lib.Party(ids, np.int32(record.round), ones)
     self._trust(state, record.messages, cohort)
     self.round = record.round + 1
+
+  def skip(self, round: int) -> None:
+    """Leaves out the rounds before this one, which a snapshot has in it."""
+    self.round = max(self.round, round)
 
   def verdict(self) -> bytes:
     """What it thinks now, as it is published."""

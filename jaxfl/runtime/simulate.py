@@ -164,6 +164,29 @@ def compile_method(
   return Programs(client=client, server=jit_server(method.server, donate))
 
 
+def shared_programs(
+  build: Callable[[Any], method_lib.Method],
+) -> Callable[[Any], Programs]:
+  """Programs of a method that are compiled once for many seeds and data.
+
+  Args:
+    build: data -> method; `data` is a pytree of arrays. What the method closes
+      over, such as the root key of a seed, is an argument of its programs.
+
+  Returns:
+    data -> programs, for `simulate` with the method of the same data.
+  """
+  over_clients = lambda data, *args: jax.vmap(
+    build(data).client, (None, 0, 0, 0)
+  )(*args)
+  client = jax.jit(over_clients)
+  server = jax.jit(lambda data, *args: build(data).server(*args))
+  return lambda data: Programs(
+    client=functools.partial(client, data),
+    server=functools.partial(server, data),
+  )
+
+
 def jit_server(server: Callable[..., Any], donate: bool) -> Any:
   """The server's program; see `compile_method`."""
   return jax.jit(server, donate_argnums=0 if donate else ())

@@ -74,10 +74,14 @@ def test_a_judge_goes_on_from_its_file(tmp_path):
   assert found.probes == CLIENTS
   again.judge(state, record_of(1))
   assert found.probes == 2 * CLIENTS
-  path.write_text('{"round": 7')
-  found = trust()
-  assert verdict.Judge(found, CLIENTS, path).round == 0
-  assert found.probes == 0
+  again.skip(9)
+  again.skip(5)
+  assert verdict.decode(again.verdict(), CLIENTS).round == 9
+  for damaged in ('{"round": 7', '{"round": 7, "trust": []}', '[]'):
+    path.write_text(damaged)
+    found = trust()
+    assert verdict.Judge(found, CLIENTS, path).round == 0
+    assert found.probes == 0
 
 
 def test_size_is_that_of_the_scalars():
