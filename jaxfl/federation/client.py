@@ -111,6 +111,7 @@ class _Follower:
     self._progress = Progress()
     self._local = site.method.init_local(replica.state.params)
     self._next = 0  # the round of the next message
+    self._ahead = None  # a round, and a task that loads its batches
     self._losses = []
     self._digests = collections.OrderedDict()  # own, by round
     self._attested = {}
@@ -132,7 +133,7 @@ class _Follower:
       hello = names.sent('hello', site.client or 0)
       if site.client is not None:
         # compiles, before anybody waits
-        await self._thread(self._compute, replica.round, replica.state)
+        await self._message(replica.round)
         await stream.publish(self._js, hello, self._passport())
         self._said = True
       if site.judge is not None:
@@ -153,6 +154,8 @@ class _Follower:
       finally:
         for task in self._sending:
           task.cancel()
+        if self._ahead is not None:
+          self._ahead[1].cancel()
       if site.client is not None:
         await stream.publish(self._js, hello, handshake.BYE)
     return self._progress
@@ -335,10 +338,10 @@ class _Follower:
   async def _contribute(self):
     site, replica = self._site, self._replica
     round = max(self._next, replica.round)
-    message, self._local, loss = await self._thread(
-      self._compute, round, replica.state
-    )
+    message, self._local, loss = await self._message(round)
     self._next = round + 1
+    if self._next < site.num_rounds:
+      self._load(self._next)  # while it waits
     if np.isfinite(loss):
       self._losses.append(loss)
     if site.tamper is not None:
@@ -351,10 +354,25 @@ class _Follower:
     self._send('up', data)
     self._watch(self._progress)
 
-  def _compute(self, round, state):
+  async def _message(self, round):
+    """The message of a round, with its metrics."""
+    batches = await self._load(round)
+    return await self._thread(
+      self._compute, round, self._replica.state, batches
+    )
+
+  def _load(self, round):
+    """A task that loads the batches of a round; the last one is kept."""
+    ahead, task = self._ahead or (None, None)
+    if ahead != round:
+      batch_fn = self._site.batch_fn
+      task = asyncio.ensure_future(asyncio.to_thread(batch_fn, round))
+      self._ahead = round, task
+    return task
+
+  def _compute(self, round, state, batches):
     site = self._site
     party = as_party(site.client, round)
-    batches = site.batch_fn(round)
     message, local, metrics = site.run_client(
       state, self._local, batches, party
     )

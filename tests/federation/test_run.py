@@ -10,6 +10,7 @@ from jaxfl import digest as digest_lib
 from jaxfl import log
 from jaxfl.federation import client, provision, stream
 from jaxfl.federation.server import LocalServer
+from tests import methods_table as table
 from tests.federation.harness import NAMES, Toy, needs_server, programs, run
 
 pytestmark = [needs_server, pytest.mark.fast_compile]
@@ -39,6 +40,27 @@ def test_a_federation_is_the_simulation(case, server, tmp_path):
 
 def expected_digest(done):
   return digest_lib.digest(done.state.params)
+
+
+def test_batches_are_loaded_while_a_client_waits(server, tmp_path):
+  toy = Toy(server.url, tmp_path, num_clients=2, num_rounds=3)
+  loaded, there = [], []
+
+  def batch_fn(round):
+    loaded.append(round)
+    there.append(toy.statuses[-1].round)
+    return table.batch_fn(programs(toy.case)[0].num_batches)(round, 0)
+
+  async def main():
+    work = asyncio.create_task(toy.coordinate())
+    first = asyncio.create_task(toy.follow(0, batch_fn=batch_fn))
+    while loaded != [0, 1]:  # the round is open, as another client is awaited
+      await asyncio.sleep(0.01)
+    return [digest for digest, _ in await asyncio.gather(first, toy.follow(1))]
+
+  assert set(run(main())) == {expected_digest(toy.simulated)}
+  assert loaded == [0, 1, 2]
+  assert there[:2] == [0, 0]
 
 
 def test_a_pipeline_ends_alike_and_replays(server, tmp_path):
