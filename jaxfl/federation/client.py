@@ -363,12 +363,10 @@ class _Follower:
 
   def _load(self, round):
     """A task that loads the batches of a round; the last one is kept."""
-    ahead, task = self._ahead or (None, None)
-    if ahead != round:
-      batch_fn = self._site.batch_fn
-      task = asyncio.ensure_future(asyncio.to_thread(batch_fn, round))
-      self._ahead = round, task
-    return task
+    if self._ahead is None or self._ahead[0] != round:
+      batches = asyncio.to_thread(self._site.batch_fn, round)
+      self._ahead = round, asyncio.ensure_future(batches)
+    return self._ahead[1]
 
   def _compute(self, round, state, batches):
     site = self._site
