@@ -350,8 +350,6 @@ class _Run:
       'messages_of': [
         sum(c in ids for ids in rounds) for c in range(len(homes))
       ],
-      'bytes_up': sum(s['bytes_up'] for s in summaries if s),
-      'bytes_down': sum(s['bytes_down'] for s in summaries if s),
       'refused': dict(refused),
       'digests': [None if s is None else s['digest'] for s in summaries],
       'log_digests': [

@@ -56,7 +56,9 @@ def test_batches_are_loaded_while_a_client_waits(server, tmp_path):
     first = asyncio.create_task(toy.follow(0, batch_fn=batch_fn))
     while loaded != [0, 1]:  # the round is open, as another client is awaited
       await asyncio.sleep(0.01)
-    return [digest for digest, _ in await asyncio.gather(first, toy.follow(1))]
+    *ends, status = await asyncio.gather(first, toy.follow(1), work)
+    assert status.round == 3
+    return [digest for digest, _ in ends]
 
   assert set(run(main())) == {expected_digest(toy.simulated)}
   assert loaded == [0, 1, 2]
