@@ -12,8 +12,6 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-pytestmark = pytest.mark.fast_compile
-
 ROOT = pathlib.Path(__file__).parents[1]
 COLAB = (
   'https://colab.research.google.com/github/jaxfl/jaxfl/blob/main/notebooks'
