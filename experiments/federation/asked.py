@@ -19,7 +19,6 @@ from jaxfl import checkpoint, digest, log
 from jaxfl.federation import answers, book, handshake, letters, questions
 from jaxfl.federation.names import Names
 from jaxfl.federation.records import read_header
-from jaxfl.federation.replica import Replica
 from jaxfl.models import native
 
 _SETTINGS = frozenset(f.name for f in dataclasses.fields(Config))
@@ -214,17 +213,7 @@ def _answer(question, client, node_config, run_config):
   )
   answers.check(bench.site, block)
   bench.claim(directory)
-  try:
-    replica = Replica(
-      bench.method,
-      lambda: bench.problem.params,
-      bench.server,
-      bench.config.num_clients,
-      directory,
-      block,
-    )
-  except ValueError as error:
-    raise UsageError(str(error)) from error
+  replica = bench.replica(directory, block)
   try:
     reply = answers.answer(bench.site, replica, question)
     if 'params' in reply:

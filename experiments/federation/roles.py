@@ -20,7 +20,6 @@ from jaxfl import digest, probe
 from jaxfl.federation import book, connect, coordinator, records
 from jaxfl.federation import client as client_lib
 from jaxfl.federation.names import Names
-from jaxfl.federation.replica import Replica
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -226,17 +225,7 @@ async def follow(
     if probes:
       judge = bench.judge(place.directory / 'probes.json')
       here = dataclasses.replace(here, judge=judge)
-    try:
-      replica = Replica(
-        bench.method,
-        lambda: bench.problem.params,
-        bench.server,
-        bench.config.num_clients,
-        place.directory,
-        block,
-      )
-    except (ValueError, OSError) as error:
-      raise UsageError(str(error)) from error
+    replica = bench.replica(place.directory, block)
     before = bench.problem.evaluate(bench.problem.params) if evaluate else {}
     with progress.bar(bench.config.num_rounds, replica.round) as advance:
 

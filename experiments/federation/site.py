@@ -18,6 +18,7 @@ from jaxfl import method as method_lib
 from jaxfl import typing as jt
 from jaxfl.federation import book, verdict
 from jaxfl.federation.names import Names
+from jaxfl.federation.replica import Replica
 from jaxfl.federation.site import Site
 from jaxfl.models import native
 from jaxfl.runtime import simulate
@@ -228,6 +229,29 @@ class Bench:
       slope=functools.partial(slope, frozen),
     )
     return verdict.Judge(trust, config.num_clients, path)
+
+  def replica(self, directory: pathlib.Path, block: bytes) -> Replica:
+    """The replica in a directory, at the start if there is none.
+
+    Args:
+      directory: of the process.
+      block: the header of the run's log.
+
+    Raises:
+      UsageError: if the log there is damaged, or of another run.
+      OSError: if it can't be opened.
+    """
+    try:
+      return Replica(
+        self.method,
+        lambda: self.problem.params,
+        self.server,
+        self.config.num_clients,
+        directory,
+        block,
+      )
+    except ValueError as error:
+      raise UsageError(str(error)) from error
 
   def claim(self, directory: pathlib.Path) -> None:
     """Makes a directory one that `experiments.replay` understands.
