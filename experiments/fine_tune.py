@@ -6,15 +6,17 @@ See `experiments.export` for what there is in it, and which form is chosen.
 import dataclasses
 import functools
 import json
+import os
 import pathlib
 import tempfile
+from concurrent import futures
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments import models, replayer, run_log, seeds_file
+from experiments import models, progress, replayer, run_log, seeds_file
 from experiments import workdir as workdir_lib
 from experiments.config import UsageError, from_mapping
 from jaxfl import checkpoint, digest, keys, master, pool, wire
@@ -26,6 +28,7 @@ _BASE = (
   'model', 'dtype', 'pool', 'adapter', 'lora_rank', 'lora_alpha',
   'lora_targets', 'seed',
 )  # fmt: skip
+_LARGE = 1 << 20  # entries of a tensor that is rebuilt alone
 
 
 def make(directory: str | pathlib.Path, form: str = 'auto') -> seeds_file.Seeds:
@@ -166,22 +169,57 @@ def _replayed(seeds, base):
 
 
 def _from_pool(seeds, base):
-  """One pass over the pool, see `jaxfl.pool`."""
+  """One pass over the pool, see `jaxfl.pool`, for parts of the model in turn.
+
+  A core rebuilds a part of its own: threads within one program wait for each
+  other after every few directions, which costs a quarter of the rate.
+  """
   coordinates = seeds.coordinates
-  all_directions = pool.directions(
+  directions = pool.directions(
     keys.root(seeds.base['seed']),
     np.arange(len(coordinates)),
     seeds.distribution,
   )
   if seeds.distribution != 'walsh':  # a seed costs a pass there
     (used,) = np.nonzero(coordinates)
-    all_directions, coordinates = all_directions[used], coordinates[used]
-  return _program(seeds.distribution)(
-    master.init(base),
-    jnp.int32(seeds.base_scale),
-    all_directions,
-    jnp.asarray(coordinates),
-  )
+    directions, coordinates = directions[used], coordinates[used]
+  held = master.init(base)
+  q = pool.exponent(held.exponents)
+  rebuild = _program(seeds.distribution)
+
+  def run(paths):
+    some = master.Master(*({path: x[path] for path in paths} for x in held))
+    return jax.block_until_ready(
+      rebuild(
+        some,
+        jnp.int32(seeds.base_scale),
+        directions,
+        jnp.asarray(coordinates),
+        q=q,
+      )
+    )
+
+  parts = _parts(base)
+  cores = (os.cpu_count() or 1) if jax.default_backend() == 'cpu' else 1
+  threads = futures.ThreadPoolExecutor(cores)
+  try:
+    waiting = [threads.submit(run, paths) for paths in parts]
+    with progress.bar(len(parts), 0, 'part of the weights') as advance:
+      for done, _ in enumerate(futures.as_completed(waiting), 1):
+        advance(done, '')
+  finally:
+    threads.shutdown(cancel_futures=True)
+  merge = lambda trees: {path: x for tree in trees for path, x in tree.items()}
+  found = [part.result() for part in waiting]
+  return master.Master(*map(merge, zip(*found, strict=True)))
+
+
+def _parts(base):
+  """Lists of paths: every large tensor, the largest first; all small ones."""
+  order = sorted(base, key=lambda path: -base[path].size)
+  large = [path for path in order if base[path].size >= _LARGE]
+  small = order[len(large) :]
+  return [[path] for path in large] + ([small] if small else [])
 
 
 @functools.cache

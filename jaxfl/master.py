@@ -11,6 +11,7 @@ A method keeps the three fields of `Master` in its state and applies
 coefficients along shared directions with `add`.
 """
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -41,6 +42,12 @@ def init(params: jt.Params, weights: str = 'grid') -> Master:
     ValueError: if a tensor has non-finite entries; names the tensor.
   """
   exponents = grid.exponents(params)
+  return _init(params, exponents, weights)
+
+
+@functools.partial(jax.jit, static_argnames='weights')
+def _init(params, exponents, weights):
+  """One program, where op by op would be one for each and every shape."""
   if weights == 'grid':
     params = grid.snap(params, exponents)
   else:

@@ -65,7 +65,10 @@ def exponent(exponents: jt.Params) -> jax.Array:
 
 
 def units(
-  coordinates: jax.Array, exponents: jt.Params, distribution: str
+  coordinates: jax.Array,
+  exponents: jt.Params,
+  distribution: str,
+  q: jax.Array | None = None,
 ) -> jt.Params:
   """What the coordinates are on the grid of every tensor, for `replay_int`.
 
@@ -73,11 +76,12 @@ def units(
     coordinates: int32[K], below 2**30 in magnitude.
     exponents: pytree of int32[].
     distribution: one of `DISTRIBUTIONS`.
+    q: `exponent` of all tensors of a model, if these are some of them.
 
   Returns:
     Pytree of int32[K].
   """
-  q = exponent(exponents)
+  q = exponent(exponents) if q is None else q
   finer = int(-np.log2(perturb.FIELD_UNIT[distribution]))  # its field is larger
 
   def leaf(e):
@@ -118,6 +122,7 @@ def step(
   *,
   max_changes: int,
   distribution: str,
+  q: jax.Array | None = None,
 ) -> Master:
   """The weights at the coordinates `new`, from those at `old`.
 
@@ -129,9 +134,10 @@ def step(
     max_changes: the cost is that of so many directions, at most K; or of one
       for the tensors that have Walsh blocks.
     distribution: one of `DISTRIBUTIONS`.
+    q: as for `units`.
   """
   params, exponents, overflow = master
-  before, after = (units(x, exponents, distribution) for x in (old, new))
+  before, after = (units(x, exponents, distribution, q) for x in (old, new))
   leaves = checks.named_arrays(params)
   flat = lambda tree: dict(zip(leaves, jax.tree.leaves(tree), strict=True))
   change = flat(jax.tree.map(jnp.subtract, after, before))
@@ -183,6 +189,7 @@ def rebuild(
   coordinates: jax.Array,
   *,
   distribution: str,
+  q: jax.Array | None = None,
 ) -> Master:
   """The weights at the coordinates, from the base in one pass.
 
@@ -192,6 +199,7 @@ def rebuild(
     pool: uint32[K, 2].
     coordinates: int32[K].
     distribution: one of `DISTRIBUTIONS`.
+    q: as for `units`; tensors can be rebuilt one by one.
   """
   factor = base_scale.astype(jnp.float32) * np.float32(1 / ONE)
   shrunk = jax.tree.map(lambda x: grid.shrink(x, factor), base.params)
@@ -202,6 +210,7 @@ def rebuild(
     coordinates,
     max_changes=len(pool),
     distribution=distribution,
+    q=q,
   )
 
 

@@ -95,22 +95,25 @@ def _flip(x, sign):
 
 
 def hashes(key, count, cols, first, col, flips=None):
-  """Words of the counters (first + i, col + c): uint32[count, 2, cols].
+  """Words of the counters (first + i, col + c): uint32[count, 2, ..., cols].
 
   The reduction runs over a leading axis of two entries, the second of which is
   zero: that is what keeps XLA from simplifying it away.
 
   Args:
-    key: uint32[2].
+    key: uint32[..., 2].
     count: number of counters' first words.
     cols: number of their second words.
     first: uint32[].
     col: uint32[].
     flips: uint32[count, 2, cols], bits that are flipped.
   """
-  shape = (2, count, cols)
+  shape = (2, count, *key.shape[:-1], cols)
   pair = keys.threefry2x32(
-    key[0], key[1], _iota(shape, 1) + first, _iota(shape, 2) + col
+    key[None, None, ..., 0, None],
+    key[None, None, ..., 1, None],
+    _iota(shape, 1) + first,
+    _iota(shape, len(shape) - 1) + col,
   )
   if flips is not None:
     pair = tuple(word ^ flips[None, :, i] for i, word in enumerate(pair))
@@ -161,10 +164,19 @@ def _polynomial(coefficients, x):
   return value
 
 
+def _test(words):
+  """Whether z is -1, where a word bool[groups, 2, 32, cols] has its rows.
+
+  A bit is tested where it stands: XLA guards a shift by a traced number, which
+  costs more than the rest of an update.
+  """
+  groups, _, cols = words.shape
+  bit = np.uint32(1) << _iota((groups, 2, 32, cols), 2)
+  return words[:, :, None, :] & bit != 0
+
+
 def expand_signs(words):
-  count, _, cols = words.shape
-  shift = np.uint32(31) - _iota((count, 2, 32, cols), 2)
-  return (words[:, :, None, :] << shift) & _SIGN
+  return jnp.where(_test(words), _SIGN, np.uint32(0))
 
 
 def _expand_popcounts(words):
@@ -373,6 +385,47 @@ def add_units(total, key, unit, *, distribution, offset=(0, 0)):
   if distribution in SIGNS:
     return total + jnp.where(raw != 0, -unit, unit)
   return total + unit * raw
+
+
+def add_signs(w, key, amounts, count, *, offset=(0, 0)):
+  """`w + amounts[n] * z_n` for n < count, in order: many sign fields in a pass.
+
+  The bits are those of as many `add` or `add_units`, in half of the time on a
+  CPU: `w` is read once.
+
+  Args:
+    w: float[...], converted as by `add`, or int32[...], which wraps.
+    key: uint32[N, 2], leaf keys.
+    amounts: [N], float32, or int32 for int32.
+    count: int32[].
+    offset: as for `add`; aligned.
+
+  Returns:
+    An array like `w`.
+  """
+  rows, cols = view(w.shape)
+  row, col = position(offset)
+  groups = -(-rows // 64)
+  words = hashes(key, groups, cols, row // np.uint32(64), col)
+  mine = np.arange(len(key), dtype=np.int32) < count
+  whole = w.dtype == jnp.int32
+  if whole:
+    # u z = u - 2 u where z is -1
+    amounts = jnp.where(mine, amounts, 0)
+    w = w + jnp.sum(amounts)
+    minus = -2 * amounts
+  else:
+    # -0.0 changes nothing that it is added to
+    amounts = jnp.where(mine, amounts, np.float32(-0.0))
+    minus = jnp.where(mine, _SIGN, np.uint32(0))
+  for n in range(len(key)):
+    odd = _test(words[:, :, n]).reshape(groups * 64, cols)[:rows]
+    change = -odd.reshape(w.shape).astype(minus.dtype) & minus[n]
+    if whole:
+      w = w + change
+    else:
+      w = (w.astype(jnp.float32) + _flip(amounts[n], change)).astype(w.dtype)
+  return w
 
 
 def _signed_sums(x, key, offset):

@@ -1,3 +1,4 @@
+import functools
 import itertools
 
 import jax
@@ -5,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxfl.kernels import tiles  # pyright: ignore[reportMissingImports]
+from jaxfl.kernels import tiles, xla  # pyright: ignore[reportMissingImports]
 
 from jaxfl import keys, perturb
 from tests import reference
@@ -90,8 +91,8 @@ def test_tiles_of_usual_sizes_have_one_shape(monkeypatch):
 
 @pytest.mark.parametrize('distribution', EXACT)
 def test_tiles_do_not_change_the_bits(distribution):
-  params, ds = normals(), directions(5)
-  coefficients = np.linspace(-0.3, 0.7, 5).astype(np.float32)
+  params, ds = normals(), directions(11)
+  coefficients = np.linspace(-0.3, 0.7, 11).astype(np.float32)
   params['narrow'] = jnp.asarray(params['vector'], jnp.bfloat16)
   run = lambda name: jax.jit(
     lambda params: perturb.replay(
@@ -109,6 +110,24 @@ def test_tiles_do_not_change_the_bits(distribution):
     for d, c in zip(ds, coefficients, strict=True):
       w = np.asarray(reference.perturb(w, d, path, c, distribution))
     assert_same_bits(tiled[path], w)
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16', 'int32'])
+def test_signs_are_added_together_as_one_by_one(dtype):
+  rng, ks = np.random.default_rng(0), jnp.asarray(directions(8))
+  whole = dtype == 'int32'
+  one, kind = (xla.add_units, np.int32) if whole else (xla.add, np.float32)
+  start = jnp.asarray(-rng.integers(0, 9, (83, 7)).astype(np.float32), dtype)
+  assert whole or np.signbit(start.astype(np.float32)[start == 0]).all()
+  amounts = rng.integers(-(2**31), 2**31, 8) if whole else rng.normal(size=8)
+  amounts = jnp.asarray(amounts, kind).at[3].set(0)
+  w, together = start, jax.jit(functools.partial(xla.add_signs, offset=(64, 3)))
+  for count in range(9):
+    assert_same_bits(together(start, ks, amounts, count), w)
+    if count < 8:
+      w = one(
+        w, ks[count], amounts[count], distribution='rademacher', offset=(64, 3)
+      )
 
 
 @pytest.mark.parametrize('distribution', EXACT)
