@@ -128,6 +128,15 @@ def test_a_rebuild_has_the_digest_of_the_run(name, form, found, run):
   assert rebuilt == seeds.digest == expected != seeds.base_digest
 
 
+def test_tensors_that_are_rebuilt_alone_give_the_same_bits(run, monkeypatch):
+  seeds = fine_tune.make(run('walsh')[0], 'coordinates')
+  base = dict(keys.named_leaves(fine_tune.load_base(seeds).trainable))
+  assert len(fine_tune._parts(base)) == 1  # the small ones together
+  monkeypatch.setattr(fine_tune, '_LARGE', 1)
+  assert len(fine_tune._parts(base)) == 2
+  assert digest(fine_tune.weights(seeds, base)) == seeds.digest
+
+
 def pooled(run, coordinates):
   """A file with these coordinates."""
   seeds = fine_tune.make(run('walsh')[0], 'coordinates')
