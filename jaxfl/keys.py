@@ -67,6 +67,12 @@ def threefry2x32(key0, key1, x0, x1):
   return x0, x1
 
 
+@jax.jit
+def hash_words(key0, key1, x0, x1):
+  """`threefry2x32`, traced once for its shapes; not for Pallas kernels."""
+  return threefry2x32(key0, key1, x0, x1)
+
+
 def root(seed: int) -> jax.Array:
   """The run's key, uint32[2], from a seed of up to 64 bits.
 
@@ -95,7 +101,7 @@ def fold(key: jt.Array, *data) -> jax.Array:
     d = jnp.asarray(d).astype(jnp.uint32)
     shape = np.broadcast_shapes(k0.shape, d.shape)
     k0, k1, d = (jnp.broadcast_to(x, shape) for x in (k0, k1, d))
-    k0, k1 = threefry2x32(k0, k1, jnp.zeros_like(d), d)
+    k0, k1 = hash_words(k0, k1, jnp.zeros_like(d), d)
   return jnp.stack([k0, k1], axis=-1)
 
 

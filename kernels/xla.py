@@ -109,7 +109,7 @@ def hashes(key, count, cols, first, col, flips=None):
     flips: uint32[count, 2, cols], bits that are flipped.
   """
   shape = (2, count, *key.shape[:-1], cols)
-  pair = keys.threefry2x32(
+  pair = keys.hash_words(
     key[None, None, ..., 0, None],
     key[None, None, ..., 1, None],
     _iota(shape, 1) + first,
@@ -281,9 +281,7 @@ def _walsh_signs(key, row):
   """Those of a Walsh function in bit 31, at rows uint32[n, C] of any places."""
   height, width = (np.uint32(n) for n in BLOCK)
   first = row[:, :: BLOCK[1]]  # one of every block
-  t, s = keys.threefry2x32(
-    key[2], key[3], first // height, _iota(first.shape, 1)
-  )
+  t, s = keys.hash_words(key[2], key[3], first // height, _iota(first.shape, 1))
   t, s = (jnp.repeat(x, BLOCK[1], axis=1)[:, : row.shape[1]] for x in (t, s))
   r, c = (row + t) % height, (_iota(row.shape, 1) + s) % width
   odd = lax.population_count((r * width + c) & key[4])
@@ -305,7 +303,7 @@ def field_rows(key, rows, cols, *, distribution):
   group = _ROWS[distribution]
   row = jnp.broadcast_to(rows.reshape(-1, 1), (rows.size, cols))
   counter, place = row // np.uint32(group), row % np.uint32(group)
-  a, b = keys.threefry2x32(key[0], key[1], counter, _iota(row.shape, 1))
+  a, b = keys.hash_words(key[0], key[1], counter, _iota(row.shape, 1))
   if distribution == 'gaussian':
     both = _expand_normals(jnp.stack([a, b], axis=1))
     raw = jnp.where(place == 0, both[:, 0], both[:, 1])
@@ -387,6 +385,7 @@ def add_units(total, key, unit, *, distribution, offset=(0, 0)):
   return total + unit * raw
 
 
+@jax.jit
 def add_signs(w, key, amounts, count, *, offset=(0, 0)):
   """`w + amounts[n] * z_n` for n < count, in order: many sign fields in a pass.
 
