@@ -26,8 +26,8 @@ from jaxfl.kernels import xla  # pyright: ignore[reportMissingImports]
 # Entries of the largest tile: 512 KiB of float32, for an L2 cache of 1 MiB.
 # Smaller ones cost more in overhead per direction: 25 % at a quarter of it.
 SIZE = 1 << 17
-# Sign fields that a pass over a tile adds. 16 gain 2 %, and lose a third on
-# tiles of 2048 columns.
+# Sign fields that a pass over a tile adds, of which it holds the words. 16 gain
+# 2 %, and lose a third on tiles of 2048 columns.
 TOGETHER = 8
 LIMIT = 1 << 24  # float32 holds every integer of smaller magnitude
 _GROUP = 64  # rows that share a word of the sign field
@@ -155,7 +155,8 @@ def _add(state, keys, values, plan, tile, distribution):
   """`state` with a tile's directions, in order; int32 or of a floating type."""
   one = xla.add_units if state.dtype == jnp.int32 else xla.add
   together = _together(len(keys) // len(plan.rectangles))
-  if distribution != 'rademacher' or together < 2:
+  if distribution != 'rademacher' or not plan.tiled or together < 2:
+    # a whole tensor's words, of many fields, would take half of its memory
     step = functools.partial(one, distribution=distribution, offset=tile.offset)
     return _scan(step, state, keys, values, *tile.span)
   start, stop = (jnp.asarray(i, jnp.int32) for i in tile.span)

@@ -164,8 +164,8 @@ def _polynomial(coefficients, x):
   return value
 
 
-def _test(words):
-  """Whether z is -1, where a word bool[groups, 2, 32, cols] has its rows.
+def _is_minus(words):
+  """Where z is -1: bool[groups, 2, 32, cols], of uint32[groups, 2, cols].
 
   A bit is tested where it stands: XLA guards a shift by a traced number, which
   costs more than the rest of an update.
@@ -176,7 +176,7 @@ def _test(words):
 
 
 def expand_signs(words):
-  return jnp.where(_test(words), _SIGN, np.uint32(0))
+  return jnp.where(_is_minus(words), _SIGN, np.uint32(0))
 
 
 def _expand_popcounts(words):
@@ -412,14 +412,14 @@ def add_signs(w, key, amounts, count, *, offset=(0, 0)):
     # u z = u - 2 u where z is -1
     amounts = jnp.where(mine, amounts, 0)
     w = w + jnp.sum(amounts)
-    minus = -2 * amounts
+    changes = -2 * amounts
   else:
     # -0.0 changes nothing that it is added to
     amounts = jnp.where(mine, amounts, np.float32(-0.0))
-    minus = jnp.where(mine, _SIGN, np.uint32(0))
+    changes = jnp.where(mine, _SIGN, np.uint32(0))
   for n in range(len(key)):
-    odd = _test(words[:, :, n]).reshape(groups * 64, cols)[:rows]
-    change = -odd.reshape(w.shape).astype(minus.dtype) & minus[n]
+    minus = _is_minus(words[:, :, n]).reshape(groups * 64, cols)[:rows]
+    change = -minus.reshape(w.shape).astype(changes.dtype) & changes[n]
     if whole:
       w = w + change
     else:
