@@ -28,7 +28,7 @@ _BASE = (
   'model', 'dtype', 'pool', 'adapter', 'lora_rank', 'lora_alpha',
   'lora_targets', 'seed',
 )  # fmt: skip
-_LARGE = 1 << 20  # entries of a tensor that is rebuilt alone
+_LARGE = 1 << 20  # entries of a part that is rebuilt alone, at least
 
 
 def make(directory: str | pathlib.Path, form: str = 'auto') -> seeds_file.Seeds:
@@ -169,10 +169,10 @@ def _replayed(seeds, base):
 
 
 def _from_pool(seeds, base):
-  """One pass over the pool, see `jaxfl.pool`, for parts of the model in turn.
+  """One pass over the pool, see `jaxfl.pool`, for parts of the model.
 
-  A core rebuilds a part of its own: threads within one program wait for each
-  other after every few directions, which costs a quarter of the rate.
+  As many parts at once as there are cores: the threads of one program wait for
+  each other after every few directions, and another's fill the gaps.
   """
   coordinates = seeds.coordinates
   directions = pool.directions(
@@ -200,26 +200,38 @@ def _from_pool(seeds, base):
     )
 
   parts = _parts(base)
-  cores = (os.cpu_count() or 1) if jax.default_backend() == 'cpu' else 1
-  threads = futures.ThreadPoolExecutor(cores)
+  threads = futures.ThreadPoolExecutor(_cores())
   try:
     waiting = [threads.submit(run, paths) for paths in parts]
     with progress.bar(len(parts), 0, 'part of the weights') as advance:
-      for done, _ in enumerate(futures.as_completed(waiting), 1):
+      for done, part in enumerate(futures.as_completed(waiting), 1):
+        part.result()  # or its error, at once
         advance(done, '')
   finally:
-    threads.shutdown(cancel_futures=True)
+    threads.shutdown(cancel_futures=True)  # what runs can't be stopped
   merge = lambda trees: {path: x for tree in trees for path, x in tree.items()}
   found = [part.result() for part in waiting]
   return master.Master(*map(merge, zip(*found, strict=True)))
 
 
+def _cores():
+  """How many parts are rebuilt at once."""
+  if jax.default_backend() != 'cpu':
+    return 1
+  known = hasattr(os, 'sched_getaffinity')  # not on macOS
+  return len(os.sched_getaffinity(0)) if known else os.cpu_count() or 1
+
+
 def _parts(base):
-  """Lists of paths: every large tensor, the largest first; all small ones."""
-  order = sorted(base, key=lambda path: -base[path].size)
-  large = [path for path in order if base[path].size >= _LARGE]
-  small = order[len(large) :]
-  return [[path] for path in large] + ([small] if small else [])
+  """Lists of paths, the largest tensors first; small ones are put together."""
+  parts, size = [], _LARGE
+  for path in sorted(base, key=lambda path: -base[path].size):
+    if size >= _LARGE:
+      parts.append([])
+      size = 0
+    parts[-1].append(path)
+    size += base[path].size
+  return parts
 
 
 @functools.cache

@@ -69,7 +69,10 @@ def threefry2x32(key0, key1, x0, x1):
 
 @jax.jit
 def hash_words(key0, key1, x0, x1):
-  """`threefry2x32`, traced once for its shapes; not for Pallas kernels."""
+  """`threefry2x32` as a function of its own in a program.
+
+  It is traced and lowered once for its shapes. Pallas kernels can't call it.
+  """
   return threefry2x32(key0, key1, x0, x1)
 
 

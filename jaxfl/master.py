@@ -47,7 +47,7 @@ def init(params: jt.Params, weights: str = 'grid') -> Master:
 
 @functools.partial(jax.jit, static_argnames='weights')
 def _init(params, exponents, weights):
-  """One program, where op by op would be one for each and every shape."""
+  """One program; op by op there would be one for each operation and shape."""
   if weights == 'grid':
     params = grid.snap(params, exponents)
   else:

@@ -145,35 +145,49 @@ def _scan(step, state, keys, values, start, stop):
   return lax.fori_loop(start, stop, body, (state, take(start)))[0]
 
 
-def _together(count):
-  """How many of so many directions are added in a pass: equal parts."""
-  passes = -(-count // TOGETHER)
-  return -(-count // max(passes, 1))
+def _count(plan):
+  """How many directions every rectangle has, if that is static and the same."""
+  if not isinstance(plan.spans, np.ndarray):
+    return None
+  counts = {int(stop - start) for start, stop in plan.spans}
+  return counts.pop() if len(counts) == 1 else None
 
 
 def _add(state, keys, values, plan, tile, distribution):
   """`state` with a tile's directions, in order; int32 or of a floating type."""
-  one = xla.add_units if state.dtype == jnp.int32 else xla.add
-  together = _together(len(keys) // len(plan.rectangles))
-  if distribution != 'rademacher' or not plan.tiled or together < 2:
-    # a whole tensor's words, of many fields, would take half of its memory
-    step = functools.partial(one, distribution=distribution, offset=tile.offset)
-    return _scan(step, state, keys, values, *tile.span)
-  start, stop = (jnp.asarray(i, jnp.int32) for i in tile.span)
+  one = functools.partial(
+    xla.add_units if state.dtype == jnp.int32 else xla.add,
+    distribution=distribution,
+    offset=tile.offset,
+  )
+  rest = functools.partial(_scan, one, keys=keys, values=values)
+  start, stop = tile.span
+  count = _count(plan)
+  # The words of many fields on a whole tensor would take a quarter of its
+  # memory or more; a compiler may keep more than 16 bits between two adds.
+  passes_pay = distribution == 'rademacher' and plan.tiled and count != 1
+  if not passes_pay or state.dtype not in (jnp.float32, jnp.int32):
+    return rest(state, start=start, stop=stop)
+  together, whole = TOGETHER, count is not None
+  if whole:  # passes of equal numbers, and none is left
+    together = -(-count // max(1, -(-count // TOGETHER)))
   # so that no slice is moved to end within its array
-  pad = lambda x: jnp.pad(x, [(0, together)] + [(0, 0)] * (x.ndim - 1))
-  keys, values = pad(keys), pad(values)
+  pad = lambda x: jnp.pad(x, [(0, TOGETHER)] + [(0, 0)] * (x.ndim - 1))
+  ks, amounts = pad(keys), pad(values)
   take = lambda x, i: lax.dynamic_slice_in_dim(x, i, together)
 
   def body(n, carry):
     state, key = carry  # see `_scan`
     i = start + n * together
-    some = take(values, i)
+    some = take(amounts, i)
     state = xla.add_signs(state, key, some, stop - i, offset=tile.offset)
-    return state, take(keys, i + together)
+    return state, take(ks, i + together)
 
-  passes = (stop - start + (together - 1)) // together
-  return lax.fori_loop(0, passes, body, (state, take(keys, start)))[0]
+  passes = (stop - start + (together - 1) * whole) // together
+  state = lax.fori_loop(0, passes, body, (state, take(ks, start)))[0]
+  if whole:
+    return state
+  return rest(state, start=start + passes * together, stop=stop)
 
 
 def add(w, keys, scales, plan, *, distribution):

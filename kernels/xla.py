@@ -106,7 +106,7 @@ def hashes(key, count, cols, first, col, flips=None):
     cols: number of their second words.
     first: uint32[].
     col: uint32[].
-    flips: uint32[count, 2, cols], bits that are flipped.
+    flips: uint32[count, 2, cols], bits that are flipped; for one key alone.
   """
   shape = (2, count, *key.shape[:-1], cols)
   pair = keys.hash_words(
@@ -385,45 +385,44 @@ def add_units(total, key, unit, *, distribution, offset=(0, 0)):
   return total + unit * raw
 
 
-@jax.jit
-def add_signs(w, key, amounts, count, *, offset=(0, 0)):
+@jax.jit  # not inlined: its steps are traced once for their shapes
+def add_signs(w, leaf_keys, amounts, count, *, offset=(0, 0)):
   """`w + amounts[n] * z_n` for n < count, in order: many sign fields in a pass.
 
   The bits are those of as many `add` or `add_units`, in half of the time on a
   CPU: `w` is read once.
 
   Args:
-    w: float[...], converted as by `add`, or int32[...], which wraps.
-    key: uint32[N, 2], leaf keys.
-    amounts: [N], float32, or int32 for int32.
+    w: float32[...], or int32[...], which wraps.
+    leaf_keys: uint32[N, 2].
+    amounts: [N], of the type of `w`.
     count: int32[].
     offset: as for `add`; aligned.
 
   Returns:
     An array like `w`.
   """
+  if not w.size:
+    return w
   rows, cols = view(w.shape)
   row, col = position(offset)
   groups = -(-rows // 64)
-  words = hashes(key, groups, cols, row // np.uint32(64), col)
-  mine = np.arange(len(key), dtype=np.int32) < count
+  words = hashes(leaf_keys, groups, cols, row // np.uint32(64), col)
+  mine = np.arange(len(leaf_keys), dtype=np.int32) < count
   whole = w.dtype == jnp.int32
   if whole:
     # u z = u - 2 u where z is -1
     amounts = jnp.where(mine, amounts, 0)
-    w = w + jnp.sum(amounts)
+    w = w + jnp.sum(amounts, dtype=jnp.int32)
     changes = -2 * amounts
   else:
     # -0.0 changes nothing that it is added to
     amounts = jnp.where(mine, amounts, np.float32(-0.0))
     changes = jnp.where(mine, _SIGN, np.uint32(0))
-  for n in range(len(key)):
+  for n in range(len(leaf_keys)):
     minus = _is_minus(words[:, :, n]).reshape(groups * 64, cols)[:rows]
     change = -minus.reshape(w.shape).astype(changes.dtype) & changes[n]
-    if whole:
-      w = w + change
-    else:
-      w = (w.astype(jnp.float32) + _flip(amounts[n], change)).astype(w.dtype)
+    w = w + (change if whole else _flip(amounts[n], change))
   return w
 
 
