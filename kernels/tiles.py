@@ -165,12 +165,12 @@ def _add(state, keys, values, plan, tile, distribution):
   count = _count(plan)
   # The words of many fields on a whole tensor would take a quarter of its
   # memory or more; a compiler may keep more than 16 bits between two adds.
-  passes_pay = distribution == 'rademacher' and plan.tiled and count != 1
-  if not passes_pay or state.dtype not in (jnp.float32, jnp.int32):
+  fit = plan.tiled and state.dtype in (jnp.float32, jnp.int32)
+  if distribution != 'rademacher' or not fit or count in (0, 1):
     return rest(state, start=start, stop=stop)
-  together, whole = TOGETHER, count is not None
-  if whole:  # passes of equal numbers, and none is left
-    together = -(-count // max(1, -(-count // TOGETHER)))
+  together = TOGETHER
+  if count is not None:  # passes of equal numbers, and none is left
+    together = -(-count // -(-count // TOGETHER))
   # so that no slice is moved to end within its array
   pad = lambda x: jnp.pad(x, [(0, TOGETHER)] + [(0, 0)] * (x.ndim - 1))
   ks, amounts = pad(keys), pad(values)
@@ -183,9 +183,10 @@ def _add(state, keys, values, plan, tile, distribution):
     state = xla.add_signs(state, key, some, stop - i, offset=tile.offset)
     return state, take(ks, i + together)
 
-  passes = (stop - start + (together - 1) * whole) // together
+  passes = stop - start
+  passes = (passes if count is None else passes + together - 1) // together
   state = lax.fori_loop(0, passes, body, (state, take(ks, start)))[0]
-  if whole:
+  if count is not None:
     return state
   return rest(state, start=start + passes * together, stop=stop)
 
