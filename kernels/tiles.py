@@ -163,8 +163,8 @@ def _add(state, keys, values, plan, tile, distribution):
   rest = functools.partial(_scan, one, keys=keys, values=values)
   start, stop = tile.span
   count = _count(plan)
-  # The words of many fields on a whole tensor would take a quarter of its
-  # memory or more; a compiler may keep more than 16 bits between two adds.
+  # Not on whole tensors: the words of the fields would take a quarter of their
+  # memory or more. Not in 16 bits: a compiler may keep more between two adds.
   fit = plan.tiled and state.dtype in (jnp.float32, jnp.int32)
   if distribution != 'rademacher' or not fit or count in (0, 1):
     return rest(state, start=start, stop=stop)
